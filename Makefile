@@ -1,0 +1,57 @@
+# Everything runs in .venv, made when first needed and brought up to date when the build files or
+# csrc change. `make` alone runs the demo. PYTHON makes .venv; gpu-check uses it as it is.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: demo test lint bench gpu-check clean
+
+PYTHON ?= python3
+OUT ?= benchmarks/results
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BUILD := CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f)
+
+demo: $(VENV)/kdkernels.stamp
+	$(VENV)/bin/python -m kdkernels distill --preset digits
+
+test: $(VENV)/kdkernels.stamp
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/lint.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
+		xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
+
+bench: $(VENV)/kdkernels.stamp
+	$(VENV)/bin/python benchmarks/dense.py
+
+# For a machine with a GPU, no network needed: build with CUDA, test and measure, results in $(OUT).
+gpu-check:
+	PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu-check
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kdkernels/_C.* kdkernels/_build.py
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find kdkernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian, Ubuntu:" \
+			"python3-venv), or name another interpreter with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Without build isolation, so that the pinned build tools are used and a rebuild is incremental.
+$(VENV)/tools.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) setuptools cmake ninja pybind11
+	@touch $@
+
+$(VENV)/kdkernels.stamp: $(VENV)/tools.stamp $(BUILD) $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[train,bench,test]'
+	@$(VENV)/bin/python -m kdkernels.info | grep -A 40 '^native'
+	@touch $@
+
+$(VENV)/lint.stamp: $(VENV)/bin/python constraints.txt
+	$(PIP) ruff clang-format
+	@touch $@

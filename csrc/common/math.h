@@ -1,0 +1,133 @@
+// Scalar mathematics of a row, the same on the host and on a GPU: branch-free, so that a loop over
+// it vectorises, and free of the library functions that would stop it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+// Internal linkage and always inlined: csrc/cpu/kernels.cpp is compiled once per instruction set,
+// and a copy shared by the linker would run one level's instructions on another level's processor.
+#ifdef __CUDACC__
+#define KDK_FN static __host__ __device__ __forceinline__
+#else
+#define KDK_FN static inline __attribute__((always_inline))
+#endif
+
+namespace kdk {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr double kLog2E = 1.4426950408889634074;
+
+KDK_FN float from_bits(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+KDK_FN std::uint32_t to_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+KDK_FN float absolute(float x) { return from_bits(to_bits(x) & 0x7fffffffu); }
+
+struct TwoFloats {
+  float hi;
+  float lo;
+};
+
+KDK_FN TwoFloats split(double x) {
+  const float hi = static_cast<float>(x);
+  return {hi, static_cast<float>(x - hi)};
+}
+
+// a − b = hi + lo exactly (Knuth, The Art of Computer Programming 2, 4.2.2 theorem B); lo is NaN
+// where hi is infinite.
+KDK_FN TwoFloats two_diff(float a, float b) {
+  const float hi = a - b;
+  const float back = a - hi;
+  return {hi, (a - (hi + back)) + (back - b)};
+}
+
+// a · b + c with one rounding. Without the instruction the product is exact in double.
+KDK_FN float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__) || defined(__CUDACC__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return static_cast<float>(static_cast<double>(a) * b + c);
+#endif
+}
+
+// e^{(x + x_lo) / T} for x <= 0, with rate = log2(e) / T in two floats: 2 ulp. Exactly 1 at 0,
+// exactly 0 at −inf and wherever the result would be subnormal; NaN stays NaN.
+template <bool kLow>
+KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
+  // Adding 1.5 · 2^23 rounds to an integer n; adding the exponent bias as well leaves n + 127 in
+  // the low bits, which shifted into place are 2^n.
+  constexpr float kShift = 12582912.0f + 127.0f;
+  const float shifted = x * rate.hi + kShift;
+  const float n = shifted - kShift;
+  float f = fused(x, rate.hi, -n);
+  f = x * rate.lo + f;
+  if constexpr (kLow) f = x_lo * rate.hi + f;
+  // 2^f on [−½, ½], relative error 2e-9, and 1 at 0.
+  float y = 1.5353362e-4f;
+  y = y * f + 1.3398874e-3f;
+  y = y * f + 9.6184374e-3f;
+  y = y * f + 5.5503325e-2f;
+  y = y * f + 2.4022648e-1f;
+  y = y * f + 6.9314720e-1f;
+  y = y * f + 1.0f;
+  y *= from_bits(to_bits(shifted) << 23);
+  return shifted < 12582912.0f + 1.0f ? 0.0f : y;
+}
+
+KDK_FN float exp_of(float x, TwoFloats rate) { return exp_of<false>(x, 0.0f, rate); }
+
+// (e^d − 1 − d) / d² for |d| < ½, relative error 5e-8.
+KDK_FN float expm1_gap(float d) {
+  float y = 1.9875629e-4f;
+  y = y * d + 1.3981997e-3f;
+  y = y * d + 8.3334522e-3f;
+  y = y * d + 4.1665796e-2f;
+  y = y * d + 1.6666665e-1f;
+  return y * d + 0.5f;
+}
+
+// (y − log(1 + y)) / y² for |y| < ¼, relative error 3e-9.
+KDK_FN float log1p_gap(float y) {
+  float z = 1.1357451e-1f;
+  z = z * y - 1.2500031e-1f;
+  z = z * y + 1.2428257e-1f;
+  z = z * y - 1.4218845e-1f;
+  z = z * y + 1.6668151e-1f;
+  z = z * y - 2.0001176e-1f;
+  z = z * y + 2.4999990e-1f;
+  z = z * y - 3.3333328e-1f;
+  return z * y + 0.5f;
+}
+
+// log(x) for normal x > 0; finite for 0 and subnormal x, where only a product with 0 is wanted of
+// it.
+KDK_FN float log_of(float x) {
+  constexpr std::uint32_t kSqrtHalf = 0x3f3504f3u;
+  const std::uint32_t bits = to_bits(x) - kSqrtHalf;
+  const float exponent = static_cast<float>(static_cast<std::int32_t>(bits) >> 23);
+  const float f = from_bits((bits & 0x7fffffu) + kSqrtHalf) - 1.0f;  // [√½ − 1, √2 − 1]
+  float y = 7.0376792e-2f;
+  y = y * f - 1.1514607e-1f;
+  y = y * f + 1.1676999e-1f;
+  y = y * f - 1.2420141e-1f;
+  y = y * f + 1.4249323e-1f;
+  y = y * f - 1.6668058e-1f;
+  y = y * f + 2.0000715e-1f;
+  y = y * f - 2.4999994e-1f;
+  y = y * f + 3.3333331e-1f;
+  y = y * f * f * f - 0.5f * f * f;
+  return exponent * 0.69314718f + (y + f);
+}
+
+}  // namespace kdk

@@ -1,0 +1,71 @@
+// Picks the copy of the kernels that this processor runs best.
+#include "cpu/cpu.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace kdk {
+namespace {
+
+struct Level {
+  const char* name;
+  void (*distill_rows)(const DistillArgs&);
+  void (*scale_rows)(const ScaleArgs&);
+};
+
+#define KDK_LEVEL(level) \
+  Level { #level, level::distill_rows, level::scale_rows }
+
+Level choose() {
+#ifdef KDK_X86_LEVELS
+  if (__builtin_cpu_supports("x86-64-v4")) return KDK_LEVEL(x86_64_v4);
+  if (__builtin_cpu_supports("x86-64-v3")) return KDK_LEVEL(x86_64_v3);
+  return KDK_LEVEL(x86_64_v1);
+#else
+  return KDK_LEVEL(baseline);
+#endif
+}
+
+const Level& level() {
+  static const Level chosen = choose();
+  return chosen;
+}
+
+// A gradient is a fresh allocation of hundreds of megabytes, and faulting it in page by page costs
+// as much as computing it. The system is asked for huge pages before the first touch, which the
+// thread that fills a row makes.
+void advise_huge_pages(const DistillArgs& args) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kHugePage = 1 << 21;
+  const std::int64_t bytes = args.batch * args.length * args.width * size_of(args.grad.dtype);
+  const auto begin = reinterpret_cast<std::uintptr_t>(args.grad.data);
+  const std::uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const std::uintptr_t last = (begin + static_cast<std::uintptr_t>(bytes)) & ~(kHugePage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+std::int64_t find_bad_label(const DistillArgs& args) {
+  if (args.labels == nullptr) return -1;
+  for (std::int64_t row = 0; row < args.batch * args.length; ++row) {
+    const std::int64_t label = args.labels[row];
+    if (label == args.objective.ignore_index) continue;
+    if (label < 0 || label >= args.objective.vocab_size) return row;
+  }
+  return -1;
+}
+
+void distill_rows(const DistillArgs& args) {
+  const bool fresh = args.grad.data != nullptr && args.grad.data != args.student.data;
+  if (fresh) advise_huge_pages(args);
+  level().distill_rows(args);
+}
+
+void scale_rows(const ScaleArgs& args) { level().scale_rows(args); }
+
+const char* isa_level() { return level().name; }
+
+}  // namespace kdk

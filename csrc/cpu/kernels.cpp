@@ -1,0 +1,758 @@
+// The dense distillation loss on a CPU: losses and gradient of a row while the row is in cache.
+//
+//   p = softmax(t/T), q = softmax(s/T)
+//   row loss = distill_weight · D(p, q) + hard_weight · CE(s, y)
+//   gradient = weight · scale · ∂(row loss)/∂s
+//
+// Fused are both softmaxes at T, the student's softmax at T = 1, the divergence, the cross-entropy
+// and their gradients. From memory come student and teacher, once each, and the gradient goes there
+// once: 3 · N · V elements. That is possible because all that a row's gradient needs of the other
+// columns is a handful of sums:
+//   1. statistics: the maxima and Σ e^{(s − max)/T}, Σ e^{(t − max)/T}, Σ_{j≠y} e^{s − max}, with
+//      running maxima, tile by tile, so that the arithmetic hides the loads;
+//   2. for divergences whose gradient holds a sum over the row: D and Σ q φ;
+//   3. the gradient; for the forward KL, which needs no 2., D as well.
+// Sweeps 2 and 3 run against the direction of the one before: its last tiles are still in cache.
+//
+// Exactness (hazards.md, N1-N9): sums of a tile in float lanes, of tiles in double; the label's
+// column is left out of the vector sums and added in double, so that a confident row keeps its
+// tail; differences from the maxima are exact; near-equal rows get the ratio of their normalisers
+// from a sum of differences instead of a difference of sums.
+//
+// Everything is a plain loop over a tile that the compiler vectorises. A tile is a multiple of
+// every vector length: the last one is padded with −inf, which has no probability. So the order of
+// additions depends on V alone: a row's bits do not change with its address, its neighbours or the
+// threads.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "cpu/cpu.h"
+
+namespace kdk {
+namespace KDK_ISA {
+namespace {
+
+constexpr std::int64_t kTile = 2048;
+constexpr std::int64_t kLanes = 64;
+
+// Rows with fewer elements in all than this are not worth waking other threads for.
+constexpr std::int64_t kParallelElements = 1 << 15;
+
+using Buffer = float[kTile];
+
+// ---- Elements in and out ----------------------------------------------------------------------
+
+void load_floats(const void* row, DType dtype, std::int64_t begin, std::int64_t n, float* out) {
+  if (dtype == DType::kFloat32) {
+    std::copy_n(static_cast<const float*>(row) + begin, n, out);
+    return;
+  }
+  const std::uint16_t* in = static_cast<const std::uint16_t*>(row) + begin;
+  if (dtype == DType::kBFloat16) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) out[i] = float_from_bfloat16(in[i]);
+  } else {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) out[i] = float_from_float16(in[i]);
+  }
+}
+
+void store_floats(const float* in, DType dtype, std::int64_t begin, std::int64_t n, void* row) {
+  if (dtype == DType::kFloat32) {
+    std::copy_n(in, n, static_cast<float*>(row) + begin);
+    return;
+  }
+  std::uint16_t* out = static_cast<std::uint16_t*>(row) + begin;
+  if (dtype == DType::kBFloat16) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) out[i] = bfloat16_from_float(in[i]);
+  } else {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) out[i] = float16_from_float(in[i]);
+  }
+}
+
+float load_float(const void* row, DType dtype, std::int64_t column) {
+  float value;
+  load_floats(row, dtype, column, 1, &value);
+  return value;
+}
+
+void fill(float value, DType dtype, std::int64_t begin, std::int64_t end, void* row) {
+  Buffer values;
+  std::fill_n(values, std::min(kTile, std::max<std::int64_t>(end - begin, 0)), value);
+  for (std::int64_t i = begin; i < end; i += kTile) {
+    store_floats(values, dtype, i, std::min(kTile, end - i), row);
+  }
+}
+
+// One side of a row: its logits, tile by tile.
+struct Side {
+  const void* row;
+  DType dtype;
+
+  // The columns [begin, begin + n) as floats, padded with −inf to a multiple of kLanes; read where
+  // they lie when that is already so.
+  const float* tile(std::int64_t begin, std::int64_t n, Buffer& buffer) const {
+    if (dtype == DType::kFloat32 && n % kLanes == 0) return static_cast<const float*>(row) + begin;
+    load_floats(row, dtype, begin, n, buffer);
+    std::fill(buffer + n, buffer + padded(n), -kInfinity);
+    return buffer;
+  }
+
+  static std::int64_t padded(std::int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+};
+
+// ---- A row ------------------------------------------------------------------------------------
+
+// A row's share of the work: which terms of which logits.
+struct Task {
+  Side student, teacher;
+  std::int64_t columns;  // V
+  std::int64_t label;    // the hard term's
+  bool distill, hard;    // the terms to compute; neither side is read for a term that is not
+  bool exact;            // the logits do not all come from half precision
+  Divergence divergence;
+  float w_p, w_q;  // of the mixture, see contribution()
+  double temperature;
+  double label_smoothing;
+  TwoFloats rate;  // log2(e) / T
+  int power;       // T where that is 1, 2, 3 or 4, else 0
+};
+
+// Where the gradient goes, and what its two parts are multiplied by.
+struct GradientTask {
+  void* row;
+  DType dtype;
+  double distill, hard;
+};
+
+struct RowLoss {
+  double distill = 0, hard = 0;
+};
+
+// body(begin, n) for every tile, in either direction.
+template <typename Body>
+void for_each_tile(std::int64_t columns, bool backward, const Body& body) {
+  const std::int64_t tiles = (columns + kTile - 1) / kTile;
+  for (std::int64_t k = 0; k < tiles; ++k) {
+    const std::int64_t begin = (backward ? tiles - 1 - k : k) * kTile;
+    body(begin, std::min(kTile, columns - begin));
+  }
+}
+
+// ---- Sweep 1: statistics ----------------------------------------------------------------------
+
+struct Statistics {
+  float max_s = -kInfinity, max_t = -kInfinity;
+  double z_s = 0, z_t = 0;      // Σ e^{(s − max_s)/T}, Σ e^{(t − max_t)/T}
+  double gap = 0;               // Σ e^{(t − max_t)/T} ((s − max_s) − (t − max_t))
+  double z_rest = 0;            // Σ_{j≠y} e^{s_j − max_s}
+  double x_label = -kInfinity;  // s_y − max_s
+  double offset = 0;            // Σ (s − max_s), where labels are smoothed
+
+  double z_hard() const { return z_rest + std::exp(x_label); }
+};
+
+// What differences are taken from: the maximum, or 0 while everything is −inf.
+float anchor(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
+
+float tile_max(const float* x, std::int64_t n) {
+  float lanes[kLanes];
+  std::fill_n(lanes, kLanes, -kInfinity);
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+    for (std::int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+  }
+  return *std::max_element(lanes,
+                           lanes + kLanes);  // a NaN is never the greater one: the sums find it
+}
+
+// kPower: e^s is that power of e^{s/T}; 0: it takes an exponential of its own.
+template <bool kDistill, bool kHard, int kPower, bool kExact>
+void add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
+  constexpr bool kLow =
+      kExact && kHard;  // a confident row's loss is as exact as its smallest terms
+  const TwoFloats rate = task.rate, unit_rate = split(kLog2E);
+  const float max_s = anchor(sums.max_s), max_t = anchor(sums.max_t);
+  float z_s = 0, z_t = 0, gap = 0, z_rest = 0;
+#pragma omp simd reduction(+ : z_s, z_t, gap, z_rest)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const TwoFloats x = two_diff(s[i], max_s);
+    float e_s = 0;
+    if constexpr (kDistill) {
+      const float y = t[i] - max_t;
+      const float e_t = exp_of(y, rate);
+      e_s = exp_of<kLow>(x.hi, x.lo, rate);
+      z_s += e_s;
+      z_t += e_t;
+      gap += y > -kInfinity ? e_t * (x.hi - y) : 0.0f;
+    }
+    if constexpr (kHard) {
+      if constexpr (kPower > 0) {
+        z_rest += power<kPower>(e_s);
+      } else {
+        z_rest += exp_of<kLow>(x.hi, x.lo, unit_rate);
+      }
+    }
+  }
+  sums.z_s += z_s;
+  sums.z_t += z_t;
+  sums.gap += gap;
+  sums.z_rest += z_rest;
+}
+
+template <bool kExact>
+void add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
+  if (!task.hard) return add_tile<true, false, 0, kExact>(task, s, t, n, sums);
+  if (!task.distill) return add_tile<false, true, 0, kExact>(task, s, t, n, sums);
+  switch (task.power) {
+    case 1:
+      return add_tile<true, true, 1, kExact>(task, s, t, n, sums);
+    case 2:
+      return add_tile<true, true, 2, kExact>(task, s, t, n, sums);
+    case 3:
+      return add_tile<true, true, 3, kExact>(task, s, t, n, sums);
+    case 4:
+      return add_tile<true, true, 4, kExact>(task, s, t, n, sums);
+    default:
+      return add_tile<true, true, 0, kExact>(task, s, t, n, sums);
+  }
+}
+
+void add_label(const Task& task, float s, float t, Statistics& sums) {
+  const double x = static_cast<double>(s) - anchor(sums.max_s);
+  sums.x_label = x;
+  if (!task.distill) return;
+  const double y = static_cast<double>(t) - anchor(sums.max_t);
+  const double e_t = std::exp(y / task.temperature);
+  sums.z_s += std::exp(x / task.temperature);
+  sums.z_t += e_t;
+  sums.gap += y > -kInfinity ? e_t * (x - y) : 0.0;
+}
+
+void add_offset(const float* s, std::int64_t n, Statistics& sums) {
+  const float max_s = anchor(sums.max_s);
+  float offset = 0;
+#pragma omp simd reduction(+ : offset)
+  for (std::int64_t i = 0; i < n; ++i) offset += s[i] - max_s;
+  sums.offset += offset;
+}
+
+// New maxima: what was summed over `done` columns so far, as it would be had they been known.
+void raise_maxima(const Task& task, float max_s, float max_t, std::int64_t done, Statistics& sums) {
+  const auto drop = [](float from, float to) {
+    return to > from && from != -kInfinity ? static_cast<double>(from) - to : 0.0;
+  };
+  const double d_s = drop(sums.max_s, max_s), d_t = drop(sums.max_t, max_t);
+  if (d_s != 0 || d_t != 0) {
+    const double factor_t = std::exp(d_t / task.temperature);
+    sums.gap = factor_t * (sums.gap + sums.z_t * (d_s - d_t));
+    sums.z_t *= factor_t;
+    sums.z_s *= std::exp(d_s / task.temperature);
+    sums.z_rest *= std::exp(d_s);
+    sums.x_label += d_s;
+    sums.offset += static_cast<double>(done) * d_s;
+  }
+  sums.max_s = std::max(sums.max_s, max_s);
+  sums.max_t = std::max(sums.max_t, max_t);
+}
+
+template <bool kExact>
+Statistics statistics(const Task& task) {
+  Statistics sums;
+  Buffer buffer_s, buffer_t;
+  for_each_tile(task.columns, false, [&](std::int64_t begin, std::int64_t n) {
+    const std::int64_t padded = Side::padded(n);
+    const float* s = task.student.tile(begin, n, buffer_s);
+    const float* t = task.distill ? task.teacher.tile(begin, n, buffer_t) : s;
+    raise_maxima(task, tile_max(s, padded), tile_max(t, padded), begin, sums);
+    if (task.hard && task.label_smoothing > 0) add_offset(s, n, sums);
+    const std::int64_t label = task.label - begin;
+    if (task.hard && label >= 0 && label < n) {
+      // The label's column is taken out of the vector sums and added in double.
+      add_label(task, s[label], t[label], sums);
+      if (s != buffer_s) s = std::copy_n(s, padded, buffer_s) - padded;
+      if (task.distill && t != buffer_t) t = std::copy_n(t, padded, buffer_t) - padded;
+      buffer_s[label] = -kInfinity;
+      if (task.distill) buffer_t[label] = -kInfinity;
+    }
+    add_tile<kExact>(task, s, t, padded, sums);
+  });
+  return sums;
+}
+
+// ---- The ratio of the normalisers -------------------------------------------------------------
+
+// From this KL on, Care::kFar is exact enough for the forward KL (relative error of a row below
+// 2e-6).
+constexpr double kFarKL = 1.0 / 16;
+// Below this KL the two distributions differ too little for a difference of their rounded
+// normalisers.
+constexpr double kNearKL = 1e-3;
+
+RowFrame make_frame(const Task& task, const Statistics& sums, double log_ratio) {
+  RowFrame frame;
+  frame.max_s = sums.max_s;
+  frame.max_t = sums.max_t;
+  frame.inv_z_s = static_cast<float>(1 / sums.z_s);
+  frame.inv_z_t = static_cast<float>(1 / sums.z_t);
+  frame.log_ratio = split(log_ratio * task.temperature);
+  frame.rate = task.rate;
+  frame.inv_temperature = static_cast<float>(1 / task.temperature);
+  return frame;
+}
+
+// Σ (e^{(s − max_s)/T} − e^{(t − max_t)/T}), each difference taken before it is rounded.
+template <bool kExact>
+double normaliser_difference(const Task& task, const Statistics& sums) {
+  constexpr Care kCare = kExact ? Care::kNearExact : Care::kNear;
+  RowFrame frame = make_frame(task, sums, 0.0);
+  frame.inv_z_s = frame.inv_z_t = 1.0f;
+  Buffer buffer_s, buffer_t;
+  double total = 0;
+  for_each_tile(task.columns, true, [&](std::int64_t begin, std::int64_t n) {
+    const float* s = task.student.tile(begin, n, buffer_s);
+    const float* t = task.teacher.tile(begin, n, buffer_t);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t i = 0; i < Side::padded(n); ++i) {
+      const float e_s = exp_of(s[i] - frame.max_s, frame.rate);
+      const float e_t = exp_of(t[i] - frame.max_t, frame.rate);
+      sum += element<kCare>(s[i], t[i], e_s, e_t, frame).difference;
+    }
+    total += sum;
+  });
+  return total;
+}
+
+struct NormaliserRatio {
+  double log;  // log(z_s / z_t)
+  bool far;    // whether Care::kFar will do
+};
+
+template <bool kExact>
+NormaliserRatio normaliser_ratio(const Task& task, const Statistics& sums) {
+  NormaliserRatio ratio{std::log(sums.z_s / sums.z_t), false};
+  // Good to about 1e-6; infinite or NaN where the student rules a class out that the teacher does
+  // not.
+  const double kl = ratio.log - sums.gap / (task.temperature * sums.z_t);
+  if (kl < kNearKL) ratio.log = std::log1p(normaliser_difference<kExact>(task, sums) / sums.z_t);
+  ratio.far = kl >= kFarKL && std::isfinite(kl) && task.student.dtype != DType::kFloat16;
+  return ratio;
+}
+
+// ---- Sweeps 2 and 3: divergence and gradient --------------------------------------------------
+
+struct DivergenceSums {
+  double value = 0, slope = 0;  // D, Σ q φ
+};
+
+// The gradient's constants, rounded once.
+struct GradientFrame {
+  float distill;         // of q (φ − mean_slope)
+  TwoFloats mean_slope;  // Σ q φ: one float of it would be missing in the sum of every row
+  float hard;            // of e^{s − max_s}
+  float smoothing;       // ε/V of every class
+};
+
+template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare, bool kValue,
+          bool kGradient>
+DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientFrame& gradient,
+                          const float* s, const float* t, std::int64_t n, float* out) {
+  const RowFrame frame = row;
+  const GradientFrame g = gradient;
+  const TwoFloats unit_rate = split(kLog2E);
+  const float w_p = task.w_p, w_q = task.w_q;
+  float value = 0, slope = 0;
+#pragma omp simd reduction(+ : value, slope)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float x = s[i] - frame.max_s;
+    float e_s = 0, part = 0;
+    if constexpr (kDistill) {
+      e_s = exp_of(x, frame.rate);
+      const float e_t = exp_of(t[i] - frame.max_t, frame.rate);
+      const Element at = element<kCare>(s[i], t[i], e_s, e_t, frame);
+      const Contribution c =
+          contribution<kDivergence, kCare>(at.p, at.q, at.d, at.difference, w_p, w_q);
+      if constexpr (kValue) {
+        value += c.term;
+        slope += at.q * c.slope;
+      }
+      if constexpr (kDivergence == Divergence::kForwardKL) {
+        part = g.distill * at.difference;
+      } else {
+        part = g.distill * (at.q * ((c.slope - g.mean_slope.hi) - g.mean_slope.lo));
+      }
+    }
+    if constexpr (kHard) {
+      float e = 0;
+      if constexpr (kPower > 0) {
+        e = power<kPower>(e_s);
+      } else {
+        e = exp_of(x, unit_rate);
+      }
+      part += g.hard * e - g.smoothing;
+    }
+    if constexpr (kGradient) out[i] = part;
+  }
+  return {value, slope};
+}
+
+// The columns of a row through sweep_tile, against the direction of the sweep before.
+template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare, bool kValue,
+          bool kGradient>
+DivergenceSums sweep(const Task& task, const RowFrame& row, const GradientFrame& gradient,
+                     float label_gradient, const GradientTask* grad, bool backward) {
+  Buffer buffer_s, buffer_t, buffer_out;
+  DivergenceSums sums;
+  for_each_tile(task.columns, backward, [&](std::int64_t begin, std::int64_t n) {
+    const std::int64_t padded = Side::padded(n);
+    const float* s = task.student.tile(begin, n, buffer_s);
+    const float* t = kDistill ? task.teacher.tile(begin, n, buffer_t) : s;
+    const bool direct = kGradient && grad->dtype == DType::kFloat32 && padded == n;
+    float* out = direct ? static_cast<float*>(grad->row) + begin : buffer_out;
+    const DivergenceSums tile =
+        sweep_tile<kDivergence, kDistill, kHard, kPower, kCare, kValue, kGradient>(
+            task, row, gradient, s, t, padded, out);
+    sums.value += tile.value;
+    sums.slope += tile.slope;
+    if constexpr (kGradient) {
+      const std::int64_t label = task.label - begin;
+      if (kHard && label >= 0 && label < n) out[label] = label_gradient;
+      if (!direct) store_floats(out, grad->dtype, begin, n, grad->row);
+    }
+  });
+  return sums;
+}
+
+// The gradient at the label's column. The cross-entropy's share is −Σ_{j≠y} q_j and not q_y − 1,
+// which a confident row would lose to rounding.
+template <Divergence kDivergence, bool kDistill, Care kCare>
+float label_gradient(const Task& task, const Statistics& sums, const RowFrame& row,
+                     const GradientFrame& gradient, const GradientTask& grad) {
+  float distill = 0;
+  if constexpr (kDistill) {
+    const float s = load_float(task.student.row, task.student.dtype, task.label);
+    const float t = load_float(task.teacher.row, task.teacher.dtype, task.label);
+    sweep_tile<kDivergence, true, false, 0, kCare, false, true>(task, row, gradient, &s, &t, 1,
+                                                                &distill);
+  }
+  const double rest = sums.z_rest / sums.z_hard();
+  const double smoothed = task.label_smoothing * (1 - 1.0 / static_cast<double>(task.columns));
+  return static_cast<float>(distill + grad.hard * ((0 - rest) + smoothed));
+}
+
+GradientFrame make_gradient_frame(const Task& task, const Statistics& sums, double mean_slope,
+                                  const GradientTask& grad) {
+  GradientFrame frame{};
+  frame.distill = static_cast<float>(grad.distill);
+  frame.mean_slope = split(mean_slope);
+  if (task.hard) {
+    frame.hard = static_cast<float>(grad.hard / sums.z_hard());
+    frame.smoothing =
+        static_cast<float>(grad.hard * task.label_smoothing / static_cast<double>(task.columns));
+  }
+  return frame;
+}
+
+template <Divergence kDivergence, bool kDistill, Care kCare, bool kValue>
+DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const RowFrame& row,
+                              double mean_slope, const GradientTask& grad, bool backward) {
+  const GradientFrame frame = make_gradient_frame(task, sums, mean_slope, grad);
+  if (!task.hard) {
+    return sweep<kDivergence, kDistill, false, 0, kCare, kValue, true>(task, row, frame, 0, &grad,
+                                                                       backward);
+  }
+  const float label = label_gradient<kDivergence, kDistill, kCare>(task, sums, row, frame, grad);
+  const auto run = [&](auto power) {
+    return sweep<kDivergence, kDistill, true, decltype(power)::value, kCare, kValue, true>(
+        task, row, frame, label, &grad, backward);
+  };
+  if constexpr (kDistill && kDivergence == Divergence::kForwardKL) {
+    switch (task.power) {
+      case 1:
+        return run(std::integral_constant<int, 1>());
+      case 2:
+        return run(std::integral_constant<int, 2>());
+      case 3:
+        return run(std::integral_constant<int, 3>());
+      case 4:
+        return run(std::integral_constant<int, 4>());
+    }
+  }
+  return run(std::integral_constant<int, 0>());
+}
+
+// D, and with `grad` the gradient of both terms.
+template <Divergence kDivergence, Care kCare>
+double divergence(const Task& task, const Statistics& sums, double log_ratio,
+                  const GradientTask* grad) {
+  const RowFrame row = make_frame(task, sums, log_ratio);
+  if constexpr (kDivergence == Divergence::kForwardKL) {
+    if (grad != nullptr) {
+      return gradient_sweep<kDivergence, true, kCare, true>(task, sums, row, 0, *grad, true).value;
+    }
+  }
+  const DivergenceSums value = sweep<kDivergence, true, false, 0, kCare, true, false>(
+      task, row, GradientFrame{}, 0, nullptr, true);
+  if (grad == nullptr) return value.value;
+  if (!std::isfinite(value.value)) {  // the reverse KL where the teacher rules a class out
+    fill(kNaN, grad->dtype, 0, task.columns, grad->row);
+  } else {
+    gradient_sweep<kDivergence, true, kCare, false>(task, sums, row, value.slope, *grad, false);
+  }
+  return value.value;
+}
+
+template <bool kExact>
+double divergence(const Task& task, const Statistics& sums, const GradientTask* grad) {
+  const auto [log_ratio, far] = normaliser_ratio<kExact>(task, sums);
+  constexpr Care kNear = kExact ? Care::kNearExact : Care::kNear;
+  constexpr Care kCare =
+      Care::kNearExact;  // the forward KL, the default, alone has faster variants
+  switch (task.divergence) {
+    case Divergence::kForwardKL:
+      if (far) return divergence<Divergence::kForwardKL, Care::kFar>(task, sums, log_ratio, grad);
+      return divergence<Divergence::kForwardKL, kNear>(task, sums, log_ratio, grad);
+    case Divergence::kReverseKL:
+      return divergence<Divergence::kReverseKL, kCare>(task, sums, log_ratio, grad);
+    case Divergence::kJSD:
+      return divergence<Divergence::kJSD, kCare>(task, sums, log_ratio, grad);
+    case Divergence::kSkewForwardKL:
+      return divergence<Divergence::kSkewForwardKL, kCare>(task, sums, log_ratio, grad);
+    case Divergence::kSkewReverseKL:
+      return divergence<Divergence::kSkewReverseKL, kCare>(task, sums, log_ratio, grad);
+    case Divergence::kTVD:
+      return divergence<Divergence::kTVD, kCare>(task, sums, log_ratio, grad);
+  }
+  return kNaN;
+}
+
+double cross_entropy(const Task& task, const Statistics& sums) {
+  // Neither form subtracts what cancels: at the maximum the loss is the log of 1 + the rest,
+  // elsewhere both summands are positive.
+  const double log_z = std::log(sums.z_hard());
+  const double nll = sums.x_label == 0 ? std::log1p(sums.z_rest) : log_z - sums.x_label;
+  const double smoothing = task.label_smoothing;
+  if (smoothing == 0) return nll;
+  const double uniform = log_z - sums.offset / static_cast<double>(task.columns);
+  return (smoothing < 1 ? (1 - smoothing) * nll : 0) + smoothing * uniform;
+}
+
+template <bool kExact>
+RowLoss evaluate(const Task& task, const GradientTask* grad) {
+  const Statistics sums = statistics<kExact>(task);
+  // A NaN or +inf among the logits, or nothing but −inf, leaves no positive sum.
+  const bool distill_ok = !task.distill || (sums.z_s > 0 && sums.z_t > 0);
+  const bool hard_ok = !task.hard || sums.z_hard() > 0;
+  RowLoss loss;
+  loss.hard = hard_ok ? (task.hard ? cross_entropy(task, sums) : 0) : kNaN;
+  if (!distill_ok) loss.distill = kNaN;
+  if (!distill_ok || !hard_ok) {
+    if (grad != nullptr) fill(kNaN, grad->dtype, 0, task.columns, grad->row);
+  } else if (task.distill) {
+    loss.distill = divergence<kExact>(task, sums, grad);
+  } else if (grad != nullptr) {
+    gradient_sweep<Divergence::kForwardKL, false, Care::kFar, false>(
+        task, sums, make_frame(task, sums, 0.0), 0, *grad, true);
+  }
+  return loss;
+}
+
+RowLoss evaluate(const Task& task, const GradientTask* grad) {
+  return task.exact ? evaluate<true>(task, grad) : evaluate<false>(task, grad);
+}
+
+// The one term, without a gradient.
+double evaluate_term(Task task, bool distill) {
+  task.distill = distill;
+  task.hard = !distill;
+  const RowLoss loss = evaluate(task, nullptr);
+  return distill ? loss.distill : loss.hard;
+}
+
+Task make_task(const DistillArgs& args) {
+  const Objective& objective = args.objective;
+  Task task{};
+  task.student.dtype = args.student.dtype;
+  task.teacher.dtype = args.teacher.dtype;
+  task.columns = objective.vocab_size;
+  task.label = -1;
+  task.distill = objective.distill_weight != 0;
+  task.hard = objective.hard_weight != 0;
+  task.exact = args.student.dtype == DType::kFloat32 || args.teacher.dtype == DType::kFloat32;
+  task.divergence = objective.divergence;
+  const bool reverse = objective.divergence == Divergence::kSkewReverseKL;
+  task.w_p = static_cast<float>(reverse ? 1 - objective.beta : objective.beta);
+  task.w_q = static_cast<float>(reverse ? objective.beta : 1 - objective.beta);
+  task.temperature = objective.temperature;
+  task.label_smoothing = objective.label_smoothing;
+  task.rate = split(kLog2E / objective.temperature);
+  for (int power = 1; power <= 4; ++power) {
+    if (objective.temperature == power) task.power = power;
+  }
+  return task;
+}
+
+// max (s − t) − min (s − t) over the classes that neither side rules out.
+float gap_range(const Task& task) {
+  float low[kLanes], high[kLanes];
+  std::fill_n(low, kLanes, kInfinity);
+  std::fill_n(high, kLanes, -kInfinity);
+  Buffer buffer_s, buffer_t;
+  for_each_tile(task.columns, false, [&](std::int64_t begin, std::int64_t n) {
+    const float* s = task.student.tile(begin, n, buffer_s);
+    const float* t = task.teacher.tile(begin, n, buffer_t);
+    for (std::int64_t i = 0; i < Side::padded(n); i += kLanes) {
+#pragma omp simd
+      for (std::int64_t j = 0; j < kLanes; ++j) {
+        const float gap = s[i + j] - t[i + j];
+        const bool finite = absolute(gap) < kInfinity;
+        low[j] = finite && gap < low[j] ? gap : low[j];
+        high[j] = finite && gap > high[j] ? gap : high[j];
+      }
+    }
+  });
+  return *std::max_element(high, high + kLanes) - *std::min_element(low, low + kLanes);
+}
+
+// Divided by the number of tokens and spread over the vocabulary, most of a float16 gradient would
+// be below the smallest float16 before the loss scale of mixed-precision training arrives in the
+// backward pass. So a row is kept at a power of 2, which is exact: the largest at which the bound
+// of its entries stays below 2^15, half of what float16 holds. `base` is the row's weight times the
+// scale of the mean.
+double float16_prescale(const Task& task, const Objective& objective, double base) {
+  constexpr int kBoundExponent = 15;
+  // Bounds |q (φ − Σ q φ)| by a quarter of the range of φ, or by 1 where that has no end.
+  double slope = 1;
+  if (task.distill && task.divergence == Divergence::kReverseKL) {
+    slope = std::fmax(1, 0.25 * gap_range(task) / task.temperature);
+  } else if (task.divergence == Divergence::kSkewReverseKL) {
+    slope = std::fmax(1, 0.65 - 0.25 * std::log(objective.beta));
+  }
+  const double distill = slope * objective.distill_weight / objective.temperature;
+  const double bound = std::fabs(base) * (distill + objective.hard_weight);
+  if (!(bound > 0) || !std::isfinite(bound)) return 1;
+  int exponent;
+  std::frexp(bound, &exponent);
+  // Within what a float holds of it and of its reciprocal.
+  return std::ldexp(1, std::clamp(kBoundExponent - exponent, -120, 120));
+}
+
+// `scale` is what the gradient is multiplied by, besides the row's weight.
+void distill_row(const DistillArgs& args, Task task, double scale, std::int64_t row) {
+  const Objective& objective = args.objective;
+  const std::int64_t b = row / args.length, l = row % args.length;
+  const std::int64_t rows = args.batch * args.length;
+  float* loss = args.rows + row;
+  float* distill = loss + rows;
+  float* hard = distill + rows;
+  *loss = *distill = *hard = 0;
+
+  GradientTask grad{};
+  const bool want_grad = args.grad.data != nullptr;
+  if (want_grad) {
+    grad.row = row_pointer(args.grad, b, l);
+    grad.dtype = args.grad.dtype;
+  }
+  const bool labelled = args.labels != nullptr;
+  const bool counts = !labelled || args.labels[row] != objective.ignore_index;
+  const double weight = args.weights == nullptr ? 1 : args.weights[row];
+  if (labelled) task.label = args.labels[row];
+  task.student.row = row_pointer(args.student, b, l);
+  task.teacher.row = row_pointer(args.teacher, b, l);
+
+  // Before the gradient, which may replace the student's logits.
+  const bool computed = counts && weight != 0 && scale != 0;
+  RowLoss values;
+  if (counts && objective.want_terms) {
+    if (!computed || !task.distill) values.distill = evaluate_term(task, true);
+    if (labelled && (!computed || !task.hard)) values.hard = evaluate_term(task, false);
+  }
+  if (computed) {
+    double base = weight * scale;
+    if (want_grad && grad.dtype == DType::kFloat16) {
+      const double prescale = float16_prescale(task, objective, base);
+      args.unscale[row] = static_cast<float>(1 / prescale);
+      base *= prescale;
+    }
+    grad.distill = base * objective.distill_weight / objective.temperature;
+    grad.hard = base * objective.hard_weight;
+    const RowLoss terms = evaluate(task, want_grad ? &grad : nullptr);
+    double sum = 0;
+    if (task.distill) sum += objective.distill_weight * (values.distill = terms.distill);
+    if (task.hard) sum += objective.hard_weight * (values.hard = terms.hard);
+    *loss = static_cast<float>(weight * sum);
+  }
+  *distill = static_cast<float>(values.distill * objective.distill_scale);
+  *hard = static_cast<float>(values.hard);
+  // Stored zeros, not products with 0: whatever the logits held, they change nothing.
+  if (want_grad) fill(0, grad.dtype, computed ? task.columns : 0, args.width, grad.row);
+}
+
+void scale_row(const ScaleArgs& args, std::int64_t row) {
+  if (args.labels != nullptr && args.labels[row] == args.ignore_index) return;
+  if (args.weights != nullptr && args.weights[row] == 0) return;
+  const float unscale = args.unscale[args.grad.dtype == DType::kFloat16 ? row : 0];
+  if (unscale == 0) return;
+  const float factor = args.upstream[args.per_row ? row : 0] * unscale;
+  if (factor == 1) return;
+  void* data = row_pointer(args.grad, row / args.length, row % args.length);
+  Buffer values;
+  for_each_tile(args.vocab_size, false, [&](std::int64_t begin, std::int64_t n) {
+    load_floats(data, args.grad.dtype, begin, n, values);
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) values[i] *= factor;
+    store_floats(values, args.grad.dtype, begin, n, data);
+  });
+}
+
+// ---- The reduction ----------------------------------------------------------------------------
+
+// 1 / the denominator of a mean; 0 for an empty one, with which no row counts.
+double mean_scale(const DistillArgs& args) {
+  double denominator = 0;
+  if (args.num_items != nullptr) {
+    denominator = *args.num_items;
+  } else {
+    for (std::int64_t row = 0; row < args.batch * args.length; ++row) {
+      if (args.labels != nullptr && args.labels[row] == args.objective.ignore_index) continue;
+      denominator += args.weights == nullptr ? 1 : args.weights[row];
+    }
+  }
+  return denominator == 0 ? 0 : 1 / denominator;
+}
+
+// body(row) for every row, shared out to the threads as they become free: ignored rows take no
+// time.
+template <typename Body>
+void for_each_row(std::int64_t rows, std::int64_t columns, int threads, const Body& body) {
+#pragma omp parallel for schedule(dynamic) \
+    num_threads(threads) if (threads > 1 && rows * columns >= kParallelElements)
+  for (std::int64_t row = 0; row < rows; ++row) body(row);
+}
+
+}  // namespace
+
+void distill_rows(const DistillArgs& args) {
+  const Task task = make_task(args);
+  const std::int64_t rows = args.batch * args.length;
+  const double scale = args.objective.mean ? mean_scale(args) : 1;
+  const bool per_row = args.student.dtype == DType::kFloat16;
+  std::fill_n(args.unscale, per_row ? rows : 1, scale == 0 ? 0.0f : 1.0f);
+  for_each_row(rows, args.width, args.threads,
+               [&](std::int64_t row) { distill_row(args, task, scale, row); });
+  double sum = 0;
+  for (std::int64_t row = 0; row < rows; ++row) sum += args.rows[row];
+  *args.loss = static_cast<float>(sum * scale);
+}
+
+void scale_rows(const ScaleArgs& args) {
+  for_each_row(args.batch * args.length, args.vocab_size, args.threads,
+               [&](std::int64_t row) { scale_row(args, row); });
+}
+
+}  // namespace KDK_ISA
+}  // namespace kdk

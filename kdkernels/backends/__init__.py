@@ -1,0 +1,1 @@
+"""The implementations of the row operators, and the choice between them."""

@@ -1,0 +1,184 @@
+"""The readable definition of the loss in PyTorch: what every other backend is compared with.
+
+Runs on any device in any floating dtype, in at least float32, and is differentiable twice. It
+takes many passes over the logits; the other backends exist to take one.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ..ops import check_labels
+
+INF = float("inf")
+
+
+def distill(student, teacher, labels, weights, num_items, objective, want_terms):
+    """The loss of dense logits, in PyTorch's own autograd.
+
+    Args:
+        student: logits (L, V_s) or (B, L, V_s), any floating dtype.
+        teacher: logits (L, V_t) or (B, L, V_t).
+        labels: class ids, int64, a value for every row, or None; rows of `ignore_index` are 0 in
+            every output.
+        weights: a weight for every row, or None for 1.
+        num_items: () float64, what a mean divides by, or None for Σ weights over rows that count.
+        objective: `Objective`.
+        want_terms: compute both terms even where their weight is 0.
+
+    Returns:
+        loss: () or, for reduction "none", a value for every row; float32 (float64 for float64).
+        rows: (3, L) or (3, B, L), weight · loss and, detached, the distillation term (times
+            `distill_scale`) and the cross-entropy.
+    """
+    if labels is not None:
+        labels = check_labels(labels, objective.ignore_index, objective.vocab_size)
+    if objective.reduction != "mean":
+        rows = distill_rows(student, teacher, labels, weights, objective, want_terms)
+        return rows[0] if objective.reduction == "none" else add_up(rows[0]), rows
+    if weights is None:
+        weights = student.new_ones(student.shape[:-1], dtype=torch.float64)
+    if num_items is None:
+        counted = weights
+        if labels is not None:
+            counted = weights.masked_fill(labels == objective.ignore_index, 0)
+        num_items = counted.sum(dtype=torch.float64)
+    # Divided by 0, no row counts: 0 times what it holds could still be NaN.
+    weights = weights.masked_fill(num_items == 0, 0)
+    rows = distill_rows(student, teacher, labels, weights, objective, want_terms)
+    scale = torch.where(num_items == 0, 0.0, num_items.reciprocal())
+    return add_up(rows[0], scale), rows
+
+
+def add_up(losses, scale=None):
+    """losses (L) or (B, L) -> their sum, in float64 until it is rounded."""
+    loss = losses.sum(dtype=torch.float64)
+    return (loss if scale is None else loss * scale).to(losses.dtype)
+
+
+def distill_rows(student, teacher, labels, weights, objective, want_terms):
+    """The rows of `distill`."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    s = student[..., : objective.vocab_size].to(dtype)
+    t = teacher[..., : objective.vocab_size].to(dtype)
+    zero = s.new_zeros(s.shape[:-1])
+
+    # Rows that don't count are replaced, not multiplied by 0: nothing in them, NaN included, can
+    # reach the loss, and `where` gives them the gradient +0 whatever the upstream gradient is.
+    counts = None if labels is None else labels != objective.ignore_index
+    if counts is not None:
+        s = torch.where(counts[..., None], s, 0.0)
+        t = torch.where(counts[..., None], t, 0.0)
+        labels = torch.where(counts, labels, 0)
+    if weights is not None:
+        weights = weights.to(dtype)
+        weighs = weights != 0
+        s = torch.where(weighs[..., None], s, s.detach())
+
+    distill = hard = zero
+    loss = zero
+    if objective.distill_weight or want_terms:
+        divergence = row_divergence(s, t, objective)
+        distill = divergence.detach() * objective.distill_scale
+        if objective.distill_weight:
+            loss = loss + objective.distill_weight * divergence
+    if labels is not None and (objective.hard_weight or want_terms):
+        cross_entropy = row_cross_entropy(s, labels, objective.label_smoothing)
+        hard = cross_entropy.detach()
+        if objective.hard_weight:
+            loss = loss + objective.hard_weight * cross_entropy
+    if weights is not None:
+        loss = torch.where(weighs, weights * loss, zero)
+    if counts is not None:
+        loss, distill, hard = (torch.where(counts, x, zero) for x in (loss, distill, hard))
+    return torch.stack((loss, distill, hard))
+
+
+def row_cross_entropy(s, labels, label_smoothing):
+    """(1 − ε) (lse(s) − s_y) + ε mean_i (lse(s) − s_i): s (B, L, V), labels (B, L) -> (B, L)."""
+    log_q = log_softmax(s, 1.0)
+    if label_smoothing == 1:
+        return -log_q.mean(-1)
+    loss = -log_q.gather(-1, labels[..., None]).squeeze(-1)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_q.mean(-1)
+    return loss
+
+
+def log_softmax(x, temperature):
+    """log softmax(x / T), the maximum subtracted before the division: no T overflows it."""
+    if not x.numel():
+        return x
+    return F.log_softmax((x - x.detach().amax(-1, keepdim=True)) / temperature, -1)
+
+
+def row_divergence(s, t, objective):
+    """D(softmax(t/T), softmax(s/T)): s, t (B, L, V) -> (B, L)."""
+    log_q = log_softmax(s, objective.temperature)
+    log_p = log_softmax(t, objective.temperature)
+    return DIVERGENCE[objective.divergence](log_p, log_q, objective.beta)
+
+
+# Each takes the teacher's log p and the student's log q (B, L, V), and beta.
+
+
+def forward_kl(log_p, log_q, beta):
+    return kl(log_p, log_q)
+
+
+def reverse_kl(log_p, log_q, beta):
+    # Where the teacher rules a class out and the student does not, the divergence is +inf and has
+    # no gradient: the row is computed from NaN and only its value replaced.
+    infinite = ((log_p == -INF) & (log_q > -INF)).any(-1)
+    log_q = log_q * torch.where(infinite, float("nan"), 1.0)[..., None].to(log_q.dtype)
+    return torch.where(infinite, INF, kl(log_q, log_p))
+
+
+def jsd(log_p, log_q, beta):
+    log_m = log_mixture(log_p, log_q, beta)
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+
+
+def skew_forward_kl(log_p, log_q, beta):
+    return kl(log_p, log_mixture(log_p, log_q, beta))
+
+
+def skew_reverse_kl(log_p, log_q, beta):
+    return kl(log_q, log_mixture(log_q, log_p, beta))
+
+
+def tvd(log_p, log_q, beta):
+    difference = log_q.exp() - log_p.exp()
+    sign = torch.where(difference.isnan(), difference, difference.sign()).detach()
+    return 0.5 * (difference * sign).sum(-1)  # |x| with a derivative of NaN at NaN
+
+
+def kl(log_a, log_b):
+    """Σ a (log a − log b), 0 where a = 0 (the limit of x log x)."""
+    absent = log_a == -INF
+    a = log_a.exp()
+    terms = a * (torch.where(absent, 0.0, log_a) - torch.where(absent, 0.0, log_b))
+    # Infinite even where a is so small that its exponential is 0.
+    return torch.where((log_b == -INF) & (a == 0) & ~absent, INF, terms).sum(-1)
+
+
+def log_mixture(log_a, log_b, weight):
+    """log(w a + (1 − w) b), exactly log a where b = a; −inf where both are 0."""
+    if weight in (0, 1):
+        return torch.where(torch.full_like(log_a, weight, dtype=torch.bool), log_a, log_b)
+    absent = (log_a == -INF) & (log_b == -INF)  # log 0 has no derivative to give
+    log_a, log_b = log_a.masked_fill(absent, 0.0), log_b.masked_fill(absent, 0.0)
+    a_high = log_a >= log_b
+    high, low = torch.where(a_high, log_a, log_b), torch.where(a_high, log_b, log_a)
+    low_weight = torch.full_like(low, weight).masked_fill(a_high, 1 - weight)
+    mixed = high + torch.log1p(low_weight * torch.expm1(low - high))
+    return mixed.masked_fill(absent, -INF)
+
+
+DIVERGENCE = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+}

@@ -1,0 +1,60 @@
+"""Which backend computes a call: `backend=` > `KDKERNELS_BACKEND` > the first usable one.
+
+An explicit choice is honoured or raises, naming what there is and why the rest is not; only an
+automatic one falls back.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import native
+
+ENVIRONMENT_VARIABLE = "KDKERNELS_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    unavailable: Callable[[str], str | None]  # device type -> why it cannot be used there, or None
+    takes_float64: bool
+
+
+# In the order of preference of an automatic choice.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("native", native.unavailable, takes_float64=False),
+        Backend("eager", lambda device_type: None, takes_float64=True),
+    )
+}
+
+
+def resolve(device_type, dtype, requested=None):
+    """The name of the backend for logits of `dtype` on `device_type` ("cpu", "cuda", …)."""
+    source = "backend"
+    if requested is None:
+        source = ENVIRONMENT_VARIABLE
+        requested = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if requested is None:
+        for backend in BACKENDS.values():
+            if (dtype != torch.float64 or backend.takes_float64) and not backend.unavailable(
+                device_type
+            ):
+                return backend.name
+    if requested not in BACKENDS:
+        raise ValueError(f"unknown {source} {requested!r}; known: {', '.join(BACKENDS)}")
+    backend = BACKENDS[requested]
+    if backend.unavailable(device_type):
+        states = (f"{b.name}: {b.unavailable(device_type) or 'usable'}" for b in BACKENDS.values())
+        raise RuntimeError(
+            f"{source}={requested!r} cannot be used for {device_type} tensors. {'; '.join(states)}"
+        )
+    if dtype == torch.float64 and not backend.takes_float64:
+        raise TypeError(
+            f"{source}={requested!r} computes in float32 and takes no float64 logits; "
+            "use backend='eager' for float64"
+        )
+    return requested

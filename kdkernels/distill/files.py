@@ -1,0 +1,70 @@
+"""Files of the loop: a teacher's logits as NumPy arrays (never pickled), written atomically."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file to write; it becomes `path` at the end, or not at all after an error.
+
+    Makes the directory when it is missing. A reader sees the old file or the whole new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with open(handle, "wb") as file:
+            yield file
+        # mkstemp makes a file that only its owner reads; a result is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def save_logits(path, logits):
+    """Writes logits (N, ..., V), any float dtype of NumPy's, as a .npy file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with atomic(path) as file:
+        np.save(file, logits.detach().cpu().numpy(), allow_pickle=False)
+
+
+def load_logits(path, shape):
+    """Reads a teacher's logits from a .npy file -> float32 tensor of `shape`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no .npy file or a pickled one, not floating point, another shape, or numbers
+            that are not finite in float32.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"teacher_logits must be a .npy file, got {path}: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"teacher_logits must be one .npy array, got the archive {path}")
+    if array.shape != tuple(shape) or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"teacher_logits must be floating point of shape {tuple(shape)}, a row of logits for "
+            f"each training example, got {array.dtype} of shape {array.shape} in {path}"
+        )
+    with np.errstate(over="ignore"):  # what float32 cannot hold is reported below
+        logits = torch.from_numpy(array.astype(np.float32))
+    wrong = int((~torch.isfinite(logits)).sum())
+    if wrong:
+        raise ValueError(
+            f"teacher_logits must be finite in float32, got {wrong} numbers that are not in {path}"
+        )
+    return logits

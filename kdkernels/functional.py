@@ -1,0 +1,190 @@
+"""`kd_loss`: checks everything once, chooses the backend, and hands rows to it."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import autograd, checks
+from .backends import eager, registry
+from .objective import make_objective
+
+
+class KDTerms(NamedTuple):
+    """What `kd_loss(..., return_terms=True)` returns; all but `loss` are detached."""
+
+    loss: torch.Tensor  # as without return_terms
+    distill: torch.Tensor  # (), unweighted mean over valid rows of T² · D (D where t_squared=False)
+    hard: torch.Tensor  # (), unweighted mean over valid rows of the cross-entropy, 0 without labels
+    num_items: torch.Tensor  # (), int64: the number of valid rows
+
+
+def kd_loss(
+    student,
+    teacher,
+    labels=None,
+    *,
+    divergence="forward_kl",
+    temperature=1.0,
+    alpha=0.5,
+    beta=None,
+    t_squared=True,
+    label_smoothing=0.0,
+    ignore_index=-100,
+    token_weights=None,
+    vocab_size=None,
+    shift=False,
+    reduction="mean",
+    num_items=None,
+    inplace=False,
+    backend=None,
+    return_terms=False,
+):
+    """The knowledge-distillation loss of a student against a teacher and true labels.
+
+    With q = softmax(student / T) and p = softmax(teacher / T), a row's loss is
+
+        alpha · T² · D(p, q) + (1 − alpha) · CE(student, label)
+
+    (Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2), the
+    cross-entropy at T = 1. Without labels it is T² · D. Rows whose label is `ignore_index` count in
+    neither term, whatever they contain. Every argument must have the shape given: nothing
+    broadcasts.
+
+    Args:
+        student: logits (..., V_s), at least 2-D; float32, bfloat16, float16, or float64 (eager).
+            Any view with unit stride along V is read where it lies.
+        teacher: logits (..., V_t), any of the dtypes (float64 only with a float64 student); must
+            not require grad. Not read where alpha = 0.
+        labels: class ids (...), int64 or int32, or None.
+        divergence: D, one of
+            "forward_kl": KL(p‖q) = Σ p (log p − log q);
+            "reverse_kl": KL(q‖p);
+            "jsd": beta KL(p‖m) + (1 − beta) KL(q‖m), m = beta p + (1 − beta) q, at 0 and 1 the
+                forward and reverse KL (Agarwal et al. 2024, GKD, section 3; beta 0.5 by default);
+            "skew_forward_kl": KL(p ‖ beta p + (1 − beta) q), "skew_reverse_kl":
+                KL(q ‖ beta q + (1 − beta) p) (Ko et al. 2024, DistiLLM, section 3.1; beta 0.1);
+            "tvd": ½ Σ |p − q|.
+        temperature: T, a number in [2⁻²⁰, 2²⁰].
+        alpha: weight of the divergence against the cross-entropy, in [0, 1]. A term of weight 0 is
+            not computed.
+        beta: the mixture weight of the divergences that have one, in [0, 1].
+        t_squared: multiply the divergence by T², which keeps the size of its gradient independent
+            of T.
+        label_smoothing: ε in [0, 1]: the label's target probability is 1 − ε + ε/V, every other
+            class's ε/V.
+        ignore_index: the label of rows that do not count.
+        token_weights: (...), a weight for every row, real, not requiring grad.
+        vocab_size: number of real classes; columns from there on are padding on either side (no
+            probability, gradient 0), and student and teacher may be padded to different widths.
+        shift: position i predicts label i + 1: logits (B, L, V) or (L, V), labels (and
+            token_weights) (B, L) or (L,) as they are, the last position of a sequence ignored.
+        reduction: "mean" (Σ w · row / Σ w over the rows that count), "sum" (Σ w · row) or "none"
+            (w · row, of shape (...)).
+        num_items: with "mean", divide by this instead of Σ w: a number or a one-element tensor.
+            With the number of tokens of the whole batch, gradient accumulation and data parallel
+            training give the gradient of one big batch.
+        inplace: write the gradient over the student's logits, which may not be used afterwards.
+        backend: "native", "eager", or None: the environment variable `KDKERNELS_BACKEND`, read at
+            each call (by `torch.compile`: when it traces), else the fastest usable one.
+        return_terms: return `KDTerms(loss, distill, hard, num_items)`.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits); the gradient has the student's dtype. With
+        no row that counts the loss is 0 and so is its gradient.
+
+    Raises:
+        TypeError: an argument that is no tensor, has a dtype not listed, or is not a number.
+        ValueError: shapes that do not match, names or numbers outside what is listed, a teacher
+            that requires grad.
+        IndexError: labels outside [0, vocab_size) that are not `ignore_index` (on a GPU the row is
+            NaN and the error follows).
+        RuntimeError: a backend asked for that cannot be used; `inplace` on a leaf that requires
+            grad.
+    """
+    vocab_size = checks.logits(student, teacher, vocab_size)
+    checks.row_tensor("labels", labels, student, checks.LABELS)
+    checks.row_tensor("token_weights", token_weights, student, checks.REALS)
+    checks.num_items(num_items, reduction)
+    objective = make_objective(
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        alpha=alpha,
+        t_squared=t_squared,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        has_labels=labels is not None,
+    )
+    backend = registry.resolve(student.device.type, student.dtype, backend)
+
+    shape = student.shape[:-1]
+    if labels is not None:
+        labels = labels.to(torch.int64)  # before shift, so that any ignore_index fits
+    if shift:
+        labels, token_weights = _shift(student, labels, token_weights, ignore_index)
+    if inplace and student.requires_grad and torch.is_grad_enabled():
+        checks.overwritable(student)
+        student = autograd.give_up(student)
+    else:
+        inplace = False
+    student, teacher = _rows(student), _rows(teacher)
+    if labels is not None:
+        labels = labels.reshape(student.shape[:-1]).contiguous()
+    if token_weights is not None:
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        token_weights = token_weights.to(dtype).reshape(student.shape[:-1]).contiguous()
+    if num_items is not None:
+        num_items = _as_float64(num_items, student.device)
+
+    inputs = student, teacher, labels, token_weights, num_items, objective, return_terms
+    if backend == "eager":
+        loss, rows = eager.distill(*inputs)
+    else:
+        loss, rows = autograd.distill(*inputs, backend=backend, inplace=inplace)
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    return _terms(loss, rows.detach(), labels, ignore_index) if return_terms else loss
+
+
+def _terms(loss, rows, labels, ignore_index):
+    """rows (3, L) or (3, B, L), labels (L) or (B, L) or None -> KDTerms."""
+    if labels is None:
+        num_items = torch.full((), rows[0].numel(), dtype=torch.int64, device=rows.device)
+    else:
+        num_items = (labels != ignore_index).sum()
+    sums = rows[1:].flatten(1).sum(1, dtype=torch.float64)
+    distill, hard = (sums / num_items.clamp(min=1)).to(rows.dtype).unbind()
+    return KDTerms(loss, distill, hard, num_items)
+
+
+def _as_float64(num_items, device):
+    """A number or one-element tensor -> (), copied nowhere that it is not already."""
+    if isinstance(num_items, torch.Tensor):
+        return num_items.detach().reshape(()).to(device, torch.float64)
+    return torch.full((), num_items, dtype=torch.float64, device=device)
+
+
+def _rows(x):
+    """(..., V) -> (L, V) or (B, L, V) with unit vocabulary stride: a view where one exists."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    return x if x.dim() <= 3 else x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+
+
+def _shift(student, labels, token_weights, ignore_index):
+    """The labels and weights that positions predict: one later, none for the last position."""
+    if labels is None:
+        raise ValueError("shift=True needs labels, but labels is None")
+    if student.dim() > 3:
+        raise ValueError(
+            f"shift=True needs student logits (B, L, V) or (L, V), got {tuple(student.shape)}"
+        )
+    if not labels.shape[-1]:
+        return labels, token_weights
+    labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    if token_weights is not None:
+        token_weights = F.pad(token_weights[..., 1:], (0, 1), value=0)
+    return labels, token_weights

@@ -1,0 +1,123 @@
+"""Schemas and fakes of the row operators; `backends/` registers what computes them.
+
+Every backend registers the same operators under its own overload name, so that a backend is
+chosen by name and not by device: `torch.ops.kdkernels.distill_rows.native(...)`.
+"""
+
+import torch
+
+LIBRARY = torch.library.Library("kdkernels", "DEF")
+
+# The fields of `objective.Objective`, in its order.
+OPTIONS = (
+    "str divergence, float beta, float temperature, float distill_weight, float hard_weight, "
+    "float distill_scale, float label_smoothing, int ignore_index, int vocab_size, str reduction"
+)
+
+# student (L, V_s) or (B, L, V_s), teacher likewise with V_t: unit vocabulary stride. labels int64
+# and weights float32, (L) or (B, L): contiguous. num_items () float64: the denominator of a mean,
+# by default Σ weights over the rows that count.
+# loss () float32; for reduction "none" it is rows[0] that holds it. unscale float32: what the
+# gradient still has to be multiplied by, (L) or (B, L) for float16, else () and 1; 0 where no row
+# counts.
+# rows (3, L) or (3, B, L) float32: weight · loss, distillation term, cross-entropy of every row.
+# grad: as student, contiguous ((0,) when not wanted); `distill_rows_` writes it over the student's
+# logits. upstream () or a value for every row, float32, contiguous: `scale_rows_` multiplies grad
+# by upstream · unscale.
+SCHEMAS = {
+    "distill_rows": "(Tensor student, Tensor teacher, Tensor? labels, Tensor? weights, "
+    f"Tensor? num_items, bool want_terms, bool want_grad, {OPTIONS}) "
+    "-> (Tensor loss, Tensor unscale, Tensor rows, Tensor grad)",
+    "distill_rows_": "(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? weights, "
+    f"Tensor? num_items, bool want_terms, {OPTIONS}) "
+    "-> (Tensor loss, Tensor unscale, Tensor rows)",
+    "scale_rows_": "(Tensor(a!) grad, Tensor upstream, Tensor unscale, Tensor? labels, "
+    "Tensor? weights, int ignore_index, int vocab_size) -> ()",
+}
+
+
+def new_losses(student):
+    """Empty loss, unscale and rows for student (L, V) or (B, L, V)."""
+    lead = student.shape[:-1]
+    shapes = (), lead if student.dtype == torch.float16 else (), (3, *lead)
+    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def new_grad(student, wanted):
+    return student.new_empty(student.shape if wanted else (0,))
+
+
+def _fake_distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
+    return *new_losses(student), new_grad(student, want_grad)
+
+
+def _fake_distill_rows_(student, *rest):
+    return new_losses(student)
+
+
+def _fake_scale_rows_(*args):
+    return None
+
+
+FAKES = {
+    "distill_rows": _fake_distill_rows,
+    "distill_rows_": _fake_distill_rows_,
+    "scale_rows_": _fake_scale_rows_,
+}
+
+
+def register(backend, dispatch_key, **kernels):
+    """Register a backend's kernels, keyed by operator name, for a dispatch key ("CPU", "CUDA")."""
+    for name, kernel in kernels.items():
+        overload = f"{name}.{backend}"
+        LIBRARY.define(overload + SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"kdkernels::{overload}", FAKES[name], lib=LIBRARY)
+        LIBRARY.impl(overload, kernel, dispatch_key)
+
+
+def get(name, backend):
+    """The operator `name` of a backend."""
+    return getattr(getattr(torch.ops.kdkernels, name), backend)
+
+
+# Labels are checked where they are used: by the compiled kernels themselves, and by this operator
+# for the eager backend, so that the check survives `torch.compile` without a graph break.
+LIBRARY.define(
+    "check_labels(Tensor labels, int ignore_index, int vocab_size) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def out_of_range(labels, ignore_index, vocab_size):
+    return (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+
+
+def bad_label_message(labels, row, ignore_index, vocab_size):
+    return (
+        f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}, "
+        f"got {labels.flatten()[row].item()} at row {row}"
+    )
+
+
+@torch.library.impl(LIBRARY, "check_labels", "CPU")
+def _check_labels_cpu(labels, ignore_index, vocab_size):
+    bad = out_of_range(labels, ignore_index, vocab_size).flatten()
+    if bad.any():
+        row = int(bad.to(torch.uint8).argmax())
+        raise IndexError(bad_label_message(labels, row, ignore_index, vocab_size))
+    return labels.clone()
+
+
+@torch.library.impl(LIBRARY, "check_labels", "CompositeExplicitAutograd")
+def _check_labels_async(labels, ignore_index, vocab_size):
+    ok = ~out_of_range(labels, ignore_index, vocab_size).any()
+    torch._assert_async(ok, f"labels must be in [0, {vocab_size}) or {ignore_index}")
+    return labels.clone()
+
+
+@torch.library.register_fake("kdkernels::check_labels", lib=LIBRARY)
+def _fake_check_labels(labels, ignore_index, vocab_size):
+    return torch.empty_like(labels)
+
+
+check_labels = torch.ops.kdkernels.check_labels.default

@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kdkernels import cli
+
+pytest.importorskip("matplotlib", reason="the extra `train` is not installed")
+pytest.importorskip("rich", reason="the extra `train` is not installed")
+
+PICTURES = ("soft_targets.png", "error_against_temperature.png", "learning_curves.png")
+SMALL = ["--steps", "10", "--seeds", "2", "--sizes", "30", "60", "--temperatures", "8", "1"]
+
+
+def distill(*arguments):
+    return cli.main(["distill", "--preset", "digits", *map(str, arguments)])
+
+
+def test_the_demo_in_small(tmp_path, capsys):
+    out, logits = tmp_path / "deep" / "out", tmp_path / "teacher.npy"
+    assert distill("--out", out, "--teacher-logits", logits, *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "60 labels:" in printed.splitlines()[-1] and "T = 8" in printed.splitlines()[-1]
+    for picture in PICTURES:
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    cells = [(run["size"], run["temperature"]) for run in results["runs"]]
+    assert cells == [(30, None), (30, 1.0), (30, 8.0), (60, None), (60, 1.0), (60, 8.0)]
+    assert all(len(run["errors"]) == len(run["agreement"]) == 2 for run in results["runs"])
+    assert (results["teacher"]["parameters"], results["student"]["parameters"]) == (571230, 17610)
+    assert results["teacher"]["latency_us"] > 0 and results["student"]["latency_us"] > 0
+
+    # The second run reads the teacher that the first one wrote, and gets the same students.
+    saved = logits.read_bytes()
+    assert np.load(logits, allow_pickle=False).shape == (1000, 10)
+    assert distill("--out", tmp_path, "--teacher-logits", logits, *SMALL) == 0
+    assert "teacher was read from" in capsys.readouterr().out
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert [run["errors"] for run in again["runs"]] == [run["errors"] for run in results["runs"]]
+    assert again["teacher"] == dict(errors=None, parameters=None, latency_us=None)
+    assert again["runs"][0]["agreement"] is None
+    assert logits.read_bytes() == saved
+
+
+def test_one_seed_has_no_standard_error(tmp_path):
+    np.save(tmp_path / "t.npy", np.eye(10)[np.arange(1000) % 10])
+    few = ["--steps", 1, "--seeds", 1, "--sizes", 10, "--temperatures", 2]
+    assert distill("--out", tmp_path, "--teacher-logits", tmp_path / "t.npy", *few) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["runs"][0]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", 0], "seeds must be at least 1, got 0"),
+        (["--steps", -5], "steps must be at least 1, got -5"),
+        (["--sizes", 100, 1001], "sizes must be in [1, 1000], got 1001"),
+        (["--temperatures", 0], "temperature must be in"),
+        (["--temperatures", "nan"], "temperature must be in"),
+        (["--backend", "abacus"], "unknown backend 'abacus'"),
+        (["--teacher-logits", __file__], "teacher_logits must be a .npy file"),
+        (["--out", __file__], "File exists"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_code_2(tmp_path, capsys, arguments, message):
+    assert distill("--out", tmp_path / "out", *arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["teach"], ["distill", "--preset", "faces"]])
+def test_an_unknown_command_or_preset_is_code_2(arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+def test_help_is_code_0(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["distill", "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and "--teacher-logits" in printed.out
+
+
+def test_python_m_kdkernels():
+    command = [sys.executable, "-m", "kdkernels", "info"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stderr == "" and "torch" in run.stdout
