@@ -13,9 +13,10 @@ VOCABULARIES = (
     *range(1, 18),  # every tail of a 16-lane vector, alone and after one full vector
     *(31, 32, 33),  # around two vectors
     *(63, 64, 65),  # around the lanes that the native CPU backend sums in
+    *(511, 512, 513),  # around the native CPU backend's tile
     1000,  # the smallest V of the KL bars, no multiple of 16
-    *(2047, 2048, 2049),  # around the native CPU backend's tile
-    *(4095, 4096, 4097),  # around two tiles
+    *(1023, 1024, 1025),  # around two tiles
+    4097,  # one past eight tiles
     32000,  # Llama 2
     50257,  # GPT-2: odd, so that every second row is unaligned
     65537,  # 2^16 + 1 (pytorch#36485: wrong tail at this width)

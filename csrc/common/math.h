@@ -61,10 +61,15 @@ KDK_FN float fused(float a, float b, float c) {
 #endif
 }
 
+struct Exponential {
+  float value;
+  std::uint32_t mask;  // no bit where the value is 0, else every bit
+};
+
 // e^{(x + x_lo) / T} for x <= 0, with rate = log2(e) / T in two floats: 2 ulp. Exactly 1 at 0,
 // exactly 0 at −inf and wherever the result would be subnormal; NaN stays NaN.
 template <bool kLow>
-KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
+KDK_FN Exponential exponential(float x, float x_lo, TwoFloats rate) {
   // Adding 1.5 · 2^23 rounds to an integer n; adding the exponent bias as well leaves n + 127 in
   // the low bits, which shifted into place are 2^n.
   constexpr float kShift = 12582912.0f + 127.0f;
@@ -82,7 +87,13 @@ KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
   y = y * f + 6.9314720e-1f;
   y = y * f + 1.0f;
   y *= from_bits(to_bits(shifted) << 23);
-  return shifted < 12582912.0f + 1.0f ? 0.0f : y;
+  const std::uint32_t mask = shifted < 12582912.0f + 1.0f ? 0u : ~0u;
+  return {from_bits(to_bits(y) & mask), mask};
+}
+
+template <bool kLow>
+KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
+  return exponential<kLow>(x, x_lo, rate).value;
 }
 
 KDK_FN float exp_of(float x, TwoFloats rate) { return exp_of<false>(x, 0.0f, rate); }

@@ -36,7 +36,7 @@ struct Element {
 
 // What a row asks of the arithmetic.
 enum class Care {
-  kFar,        // p and q differ by so much that no difference needs help; forward KL only
+  kFar,        // p and q differ by so much that no difference needs help: there is no element()
   kNear,       // q − p and the terms by series where they cancel
   kNearExact,  // and the differences from the maxima in two floats each; logits that all come from
                // half precision do not need it, as one float holds their differences
@@ -51,11 +51,7 @@ KDK_FN Element element(float s, float t, float e_s, float e_t, RowFrame frame) {
   const TwoFloats from_max_s = two_diff(s, frame.max_s);
   const TwoFloats from_max_t = two_diff(t, frame.max_t);
   const float gap = from_max_s.hi - from_max_t.hi;
-  if constexpr (kCare == Care::kFar) {
-    x.d = (gap - frame.log_ratio.hi) * frame.inv_temperature;
-    x.difference = x.q - x.p;
-    return x;
-  }
+  static_assert(kCare != Care::kFar);
   float low = -frame.log_ratio.lo;
   if constexpr (kCare == Care::kNearExact) {
     low += from_max_s.lo - from_max_t.lo;
@@ -95,16 +91,12 @@ struct Contribution {
 };
 
 // w_p and w_q are the weights of the mixture m = w_p p + w_q q, for the divergences that have one.
-template <Divergence kDivergence, Care kCare>
+template <Divergence kDivergence>
 KDK_FN Contribution contribution(float p, float q, float d, float difference, float w_p,
                                  float w_q) {
   const bool near = absolute(d) < 0.5f;
   Contribution c;
-  if constexpr (kCare == Care::kFar) {
-    static_assert(kDivergence == Divergence::kForwardKL);
-    c.term = difference - (p > 0.0f ? p * d : 0.0f);
-    c.slope = 0.0f;
-  } else if constexpr (kDivergence == Divergence::kForwardKL) {
+  if constexpr (kDivergence == Divergence::kForwardKL) {
     const float far = difference - p * d;
     const float term = near ? p * (d * d * expm1_gap(d)) : far;
     const float finite = p > 0.0f ? term : q;

@@ -9,9 +9,10 @@
 // once: 3 · N · V elements. That is possible because all that a row's gradient needs of the other
 // columns is a handful of sums:
 //   1. statistics: the maxima and Σ e^{(s − max)/T}, Σ e^{(t − max)/T}, Σ_{j≠y} e^{s − max}, with
-//      running maxima, tile by tile, so that the arithmetic hides the loads;
+//      running maxima, tile by tile, so that the arithmetic hides the loads; with them the forward
+//      KL, which is exact enough where it is not small;
 //   2. for divergences whose gradient holds a sum over the row: D and Σ q φ;
-//   3. the gradient; for the forward KL, which needs no 2., D as well.
+//   3. the gradient, and a small forward KL.
 // Sweeps 2 and 3 run against the direction of the one before: its last tiles are still in cache.
 //
 // Exactness (hazards.md, N1-N9): sums of a tile in float lanes, of tiles in double; the label's
@@ -21,8 +22,8 @@
 //
 // Everything is a plain loop over a tile that the compiler vectorises. A tile is a multiple of
 // every vector length: the last one is padded with −inf, which has no probability. So the order of
-// additions depends on V alone: a row's bits do not change with its address, its neighbours or the
-// threads.
+// additions depends on the row alone: its bits do not change with its address, its neighbours or
+// the threads.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -33,7 +34,7 @@ namespace kdk {
 namespace KDK_ISA {
 namespace {
 
-constexpr std::int64_t kTile = 2048;
+constexpr std::int64_t kTile = 512;
 constexpr std::int64_t kLanes = 64;
 
 // Rows with fewer elements in all than this are not worth waking other threads for.
@@ -80,7 +81,7 @@ float load_float(const void* row, DType dtype, std::int64_t column) {
 }
 
 void fill(float value, DType dtype, std::int64_t begin, std::int64_t end, void* row) {
-  Buffer values;
+  alignas(64) Buffer values;
   std::fill_n(values, std::min(kTile, std::max<std::int64_t>(end - begin, 0)), value);
   for (std::int64_t i = begin; i < end; i += kTile) {
     store_floats(values, dtype, i, std::min(kTile, end - i), row);
@@ -121,11 +122,13 @@ struct Task {
   int power;       // T where that is 1, 2, 3 or 4, else 0
 };
 
-// Where the gradient goes, and what its two parts are multiplied by.
+// Where the gradient goes, and what it is multiplied by.
 struct GradientTask {
-  void* row;
+  void* row;  // null: nowhere, it is only measured
   DType dtype;
-  double distill, hard;
+  double distill, hard;  // weights of the two parts
+  double scale;          // of their sum
+  float* unscale;        // where a float16 row leaves 1 / its prescale
 };
 
 struct RowLoss {
@@ -169,25 +172,28 @@ float tile_max(const float* x, std::int64_t n) {
                            lanes + kLanes);  // a NaN is never the greater one: the sums find it
 }
 
+// Adds a tile to the sums, or returns false where it holds a logit above the maxima so far.
 // kPower: e^s is that power of e^{s/T}; 0: it takes an exponential of its own.
 template <bool kDistill, bool kHard, int kPower, bool kExact>
-void add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
+bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
   constexpr bool kLow =
       kExact && kHard;  // a confident row's loss is as exact as its smallest terms
   const TwoFloats rate = task.rate, unit_rate = split(kLog2E);
   const float max_s = anchor(sums.max_s), max_t = anchor(sums.max_t);
-  float z_s = 0, z_t = 0, gap = 0, z_rest = 0;
-#pragma omp simd reduction(+ : z_s, z_t, gap, z_rest)
+  float z_s = 0, z_t = 0, gap = 0, z_rest = 0, top_s = 0, top_t = 0;
+#pragma omp simd reduction(+ : z_s, z_t, gap, z_rest) reduction(max : top_s, top_t)
   for (std::int64_t i = 0; i < n; ++i) {
     const TwoFloats x = two_diff(s[i], max_s);
+    top_s = x.hi > top_s ? x.hi : top_s;
     float e_s = 0;
     if constexpr (kDistill) {
       const float y = t[i] - max_t;
-      const float e_t = exp_of(y, rate);
+      top_t = y > top_t ? y : top_t;
+      const Exponential e_t = exponential<false>(y, 0.0f, rate);
       e_s = exp_of<kLow>(x.hi, x.lo, rate);
       z_s += e_s;
-      z_t += e_t;
-      gap += y > -kInfinity ? e_t * (x.hi - y) : 0.0f;
+      z_t += e_t.value;
+      gap += e_t.value * from_bits(to_bits(x.hi - y) & e_t.mask);  // 0 · ∞ is 0
     }
     if constexpr (kHard) {
       if constexpr (kPower > 0) {
@@ -197,14 +203,16 @@ void add_tile(const Task& task, const float* s, const float* t, std::int64_t n, 
       }
     }
   }
+  if (top_s > 0 || top_t > 0) return false;
   sums.z_s += z_s;
   sums.z_t += z_t;
   sums.gap += gap;
   sums.z_rest += z_rest;
+  return true;
 }
 
 template <bool kExact>
-void add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
+bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
   if (!task.hard) return add_tile<true, false, 0, kExact>(task, s, t, n, sums);
   if (!task.distill) return add_tile<false, true, 0, kExact>(task, s, t, n, sums);
   switch (task.power) {
@@ -262,15 +270,21 @@ void raise_maxima(const Task& task, float max_s, float max_t, std::int64_t done,
 template <bool kExact>
 Statistics statistics(const Task& task) {
   Statistics sums;
-  Buffer buffer_s, buffer_t;
+  alignas(64) Buffer buffer_s, buffer_t;
   for_each_tile(task.columns, false, [&](std::int64_t begin, std::int64_t n) {
     const std::int64_t padded = Side::padded(n);
     const float* s = task.student.tile(begin, n, buffer_s);
     const float* t = task.distill ? task.teacher.tile(begin, n, buffer_t) : s;
-    raise_maxima(task, tile_max(s, padded), tile_max(t, padded), begin, sums);
-    if (task.hard && task.label_smoothing > 0) add_offset(s, n, sums);
+    const auto raise = [&] {
+      raise_maxima(task, tile_max(s, padded), tile_max(t, padded), begin, sums);
+    };
     const std::int64_t label = task.label - begin;
-    if (task.hard && label >= 0 && label < n) {
+    const bool has_label = task.hard && label >= 0 && label < n;
+    const bool smoothed = task.hard && task.label_smoothing > 0;
+    // Elsewhere the maxima so far are taken to hold for this tile too: they mostly do.
+    if (std::min(sums.max_s, sums.max_t) == -kInfinity || has_label || smoothed) raise();
+    if (smoothed) add_offset(s, n, sums);
+    if (has_label) {
       // The label's column is taken out of the vector sums and added in double.
       add_label(task, s[label], t[label], sums);
       if (s != buffer_s) s = std::copy_n(s, padded, buffer_s) - padded;
@@ -278,6 +292,8 @@ Statistics statistics(const Task& task) {
       buffer_s[label] = -kInfinity;
       if (task.distill) buffer_t[label] = -kInfinity;
     }
+    if (add_tile<kExact>(task, s, t, padded, sums)) return;
+    raise();
     add_tile<kExact>(task, s, t, padded, sums);
   });
   return sums;
@@ -285,9 +301,9 @@ Statistics statistics(const Task& task) {
 
 // ---- The ratio of the normalisers -------------------------------------------------------------
 
-// From this KL on, Care::kFar is exact enough for the forward KL (relative error of a row below
-// 2e-6).
-constexpr double kFarKL = 1.0 / 16;
+// From this KL on, in units of 1 + |log(z_s / z_t)|, the forward KL that the statistics give is
+// exact enough (relative error below 1e-5), and the gradient without series.
+constexpr double kFarKL = 1.0 / 8;
 // Below this KL the two distributions differ too little for a difference of their rounded
 // normalisers.
 constexpr double kNearKL = 1e-3;
@@ -310,7 +326,7 @@ double normaliser_difference(const Task& task, const Statistics& sums) {
   constexpr Care kCare = kExact ? Care::kNearExact : Care::kNear;
   RowFrame frame = make_frame(task, sums, 0.0);
   frame.inv_z_s = frame.inv_z_t = 1.0f;
-  Buffer buffer_s, buffer_t;
+  alignas(64) Buffer buffer_s, buffer_t;
   double total = 0;
   for_each_tile(task.columns, true, [&](std::int64_t begin, std::int64_t n) {
     const float* s = task.student.tile(begin, n, buffer_s);
@@ -329,32 +345,40 @@ double normaliser_difference(const Task& task, const Statistics& sums) {
 
 struct NormaliserRatio {
   double log;  // log(z_s / z_t)
-  bool far;    // whether Care::kFar will do
+  double kl;   // the forward KL, to about 1e-6 · (1 + |log|)
+  bool far;    // whether that is exact enough, and with it Care::kFar
 };
 
 template <bool kExact>
 NormaliserRatio normaliser_ratio(const Task& task, const Statistics& sums) {
-  NormaliserRatio ratio{std::log(sums.z_s / sums.z_t), false};
-  // Good to about 1e-6; infinite or NaN where the student rules a class out that the teacher does
-  // not.
-  const double kl = ratio.log - sums.gap / (task.temperature * sums.z_t);
-  if (kl < kNearKL) ratio.log = std::log1p(normaliser_difference<kExact>(task, sums) / sums.z_t);
-  ratio.far = kl >= kFarKL && std::isfinite(kl) && task.student.dtype != DType::kFloat16;
+  NormaliserRatio ratio{std::log(sums.z_s / sums.z_t), 0, false};
+  // Infinite or NaN where the student rules a class out that the teacher does not.
+  ratio.kl = ratio.log - sums.gap / (task.temperature * sums.z_t);
+  if (ratio.kl < kNearKL) {
+    ratio.log = std::log1p(normaliser_difference<kExact>(task, sums) / sums.z_t);
+  }
+  ratio.far = ratio.kl >= kFarKL * (1 + std::fabs(ratio.log)) && std::isfinite(ratio.kl) &&
+              task.student.dtype != DType::kFloat16;
   return ratio;
 }
 
 // ---- Sweeps 2 and 3: divergence and gradient --------------------------------------------------
 
 struct DivergenceSums {
-  double value = 0, slope = 0;  // D, Σ q φ
+  double value = 0;            // D
+  double mass = 0, slope = 0;  // Σ q and Σ q φ, of q and φ as they were rounded
+  float peak = 0;              // the largest |∂(row loss)/∂s| where it is only measured
+
+  double mean_slope() const { return slope / mass; }
 };
 
 // The gradient's constants, rounded once.
 struct GradientFrame {
-  float distill;         // of q (φ − mean_slope)
-  TwoFloats mean_slope;  // Σ q φ: one float of it would be missing in the sum of every row
-  float hard;            // of e^{s − max_s}
-  float smoothing;       // ε/V of every class
+  float distill;           // of q (φ − mean_slope)
+  TwoFloats mean_slope;    // Σ q φ: one float of it would be missing in the sum of every row
+  float student, teacher;  // of e^{(s − max_s)/T} and e^{(t − max_t)/T}, for Care::kFar
+  float hard;              // of e^{s − max_s}
+  float smoothing;         // ε/V of every class
 };
 
 template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare, bool kValue,
@@ -365,25 +389,30 @@ DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientF
   const GradientFrame g = gradient;
   const TwoFloats unit_rate = split(kLog2E);
   const float w_p = task.w_p, w_q = task.w_q;
-  float value = 0, slope = 0;
-#pragma omp simd reduction(+ : value, slope)
+  float value = 0;
+  double mass = 0, slope = 0;
+#pragma omp simd reduction(+ : value, mass, slope)
   for (std::int64_t i = 0; i < n; ++i) {
     const float x = s[i] - frame.max_s;
-    float e_s = 0, part = 0;
+    float e_s = 0, part = kHard ? -g.smoothing : 0.0f;
     if constexpr (kDistill) {
       e_s = exp_of(x, frame.rate);
       const float e_t = exp_of(t[i] - frame.max_t, frame.rate);
-      const Element at = element<kCare>(s[i], t[i], e_s, e_t, frame);
-      const Contribution c =
-          contribution<kDivergence, kCare>(at.p, at.q, at.d, at.difference, w_p, w_q);
-      if constexpr (kValue) {
-        value += c.term;
-        slope += at.q * c.slope;
-      }
-      if constexpr (kDivergence == Divergence::kForwardKL) {
-        part = g.distill * at.difference;
+      if constexpr (kCare == Care::kFar) {
+        part = (g.student * e_s + part) - g.teacher * e_t;
       } else {
-        part = g.distill * (at.q * ((c.slope - g.mean_slope.hi) - g.mean_slope.lo));
+        const Element at = element<kCare>(s[i], t[i], e_s, e_t, frame);
+        const Contribution c = contribution<kDivergence>(at.p, at.q, at.d, at.difference, w_p, w_q);
+        if constexpr (kValue) value += c.term;
+        if constexpr (kDivergence == Divergence::kForwardKL) {
+          part += g.distill * at.difference;
+        } else {
+          if constexpr (kValue) {
+            mass += at.q;
+            slope += static_cast<double>(at.q) * c.slope;
+          }
+          part += g.distill * (at.q * ((c.slope - g.mean_slope.hi) - g.mean_slope.lo));
+        }
       }
     }
     if constexpr (kHard) {
@@ -393,11 +422,26 @@ DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientF
       } else {
         e = exp_of(x, unit_rate);
       }
-      part += g.hard * e - g.smoothing;
+      part += g.hard * e;
     }
     if constexpr (kGradient) out[i] = part;
   }
-  return {value, slope};
+  return {value, mass, slope};
+}
+
+float largest(const float* x, std::int64_t n, float so_far) {
+  float lanes[kLanes];
+  std::fill_n(lanes, kLanes, so_far);
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (std::int64_t j = 0; j < kLanes; ++j) {
+      const float size = absolute(x[i + j]);
+      lanes[j] = size > lanes[j] ? size : lanes[j];
+    }
+  }
+  for (; i < n; ++i) lanes[0] = std::max(lanes[0], absolute(x[i]));
+  return *std::max_element(lanes, lanes + kLanes);
 }
 
 // The columns of a row through sweep_tile, against the direction of the sweep before.
@@ -405,7 +449,7 @@ template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kC
           bool kGradient>
 DivergenceSums sweep(const Task& task, const RowFrame& row, const GradientFrame& gradient,
                      float label_gradient, const GradientTask* grad, bool backward) {
-  Buffer buffer_s, buffer_t, buffer_out;
+  alignas(64) Buffer buffer_s, buffer_t, buffer_out;
   DivergenceSums sums;
   for_each_tile(task.columns, backward, [&](std::int64_t begin, std::int64_t n) {
     const std::int64_t padded = Side::padded(n);
@@ -417,11 +461,16 @@ DivergenceSums sweep(const Task& task, const RowFrame& row, const GradientFrame&
         sweep_tile<kDivergence, kDistill, kHard, kPower, kCare, kValue, kGradient>(
             task, row, gradient, s, t, padded, out);
     sums.value += tile.value;
+    sums.mass += tile.mass;
     sums.slope += tile.slope;
     if constexpr (kGradient) {
       const std::int64_t label = task.label - begin;
       if (kHard && label >= 0 && label < n) out[label] = label_gradient;
-      if (!direct) store_floats(out, grad->dtype, begin, n, grad->row);
+      if (grad->row == nullptr) {
+        sums.peak = largest(out, n, sums.peak);
+      } else if (!direct) {
+        store_floats(out, grad->dtype, begin, n, grad->row);
+      }
     }
   });
   return sums;
@@ -441,25 +490,50 @@ float label_gradient(const Task& task, const Statistics& sums, const RowFrame& r
   }
   const double rest = sums.z_rest / sums.z_hard();
   const double smoothed = task.label_smoothing * (1 - 1.0 / static_cast<double>(task.columns));
-  return static_cast<float>(distill + grad.hard * ((0 - rest) + smoothed));
+  return static_cast<float>(distill + grad.scale * grad.hard * ((0 - rest) + smoothed));
 }
 
 GradientFrame make_gradient_frame(const Task& task, const Statistics& sums, double mean_slope,
                                   const GradientTask& grad) {
+  const double distill = grad.scale * grad.distill, hard = grad.scale * grad.hard;
   GradientFrame frame{};
-  frame.distill = static_cast<float>(grad.distill);
+  frame.distill = static_cast<float>(distill);
   frame.mean_slope = split(mean_slope);
+  frame.student = static_cast<float>(distill / sums.z_s);
+  frame.teacher = static_cast<float>(distill / sums.z_t);
   if (task.hard) {
-    frame.hard = static_cast<float>(grad.hard / sums.z_hard());
+    frame.hard = static_cast<float>(hard / sums.z_hard());
     frame.smoothing =
-        static_cast<float>(grad.hard * task.label_smoothing / static_cast<double>(task.columns));
+        static_cast<float>(hard * task.label_smoothing / static_cast<double>(task.columns));
   }
   return frame;
 }
 
+// Divided by the number of tokens and spread over the vocabulary, most of a float16 gradient would
+// be below the smallest float16 before the loss scale of mixed-precision training arrives in the
+// backward pass. So a row is kept at a power of 2, which is exact: the largest that leaves its
+// largest entry, `peak`, what float16 holds.
+double float16_prescale(double peak) {
+  if (!(peak > 0) || !std::isfinite(peak)) return 1;
+  constexpr double kRoom = 65408;  // 65504, less what the peak may be off
+  // Within what a float holds of it and of its reciprocal.
+  return std::ldexp(1, std::clamp(std::ilogb(kRoom / peak), -120, 120));
+}
+
 template <Divergence kDivergence, bool kDistill, Care kCare, bool kValue>
 DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const RowFrame& row,
-                              double mean_slope, const GradientTask& grad, bool backward) {
+                              double mean_slope, GradientTask grad, bool backward) {
+  if (grad.dtype == DType::kFloat16 && grad.row != nullptr) {
+    // Measured at scale 1 first, then written at the row's own scale.
+    const GradientTask measured{nullptr, grad.dtype, grad.distill, grad.hard, 1, nullptr};
+    const float peak = gradient_sweep<kDivergence, kDistill, kCare, false>(
+                           task, sums, row, mean_slope, measured, backward)
+                           .peak;
+    const double prescale = float16_prescale(std::fabs(grad.scale) * peak);
+    *grad.unscale = static_cast<float>(1 / prescale);
+    grad.scale *= prescale;
+    backward = !backward;
+  }
   const GradientFrame frame = make_gradient_frame(task, sums, mean_slope, grad);
   if (!task.hard) {
     return sweep<kDivergence, kDistill, false, 0, kCare, kValue, true>(task, row, frame, 0, &grad,
@@ -501,21 +575,26 @@ double divergence(const Task& task, const Statistics& sums, double log_ratio,
   if (!std::isfinite(value.value)) {  // the reverse KL where the teacher rules a class out
     fill(kNaN, grad->dtype, 0, task.columns, grad->row);
   } else {
-    gradient_sweep<kDivergence, true, kCare, false>(task, sums, row, value.slope, *grad, false);
+    gradient_sweep<kDivergence, true, kCare, false>(task, sums, row, value.mean_slope(), *grad,
+                                                    false);
   }
   return value.value;
 }
 
 template <bool kExact>
 double divergence(const Task& task, const Statistics& sums, const GradientTask* grad) {
-  const auto [log_ratio, far] = normaliser_ratio<kExact>(task, sums);
+  const auto [log_ratio, kl, far] = normaliser_ratio<kExact>(task, sums);
   constexpr Care kNear = kExact ? Care::kNearExact : Care::kNear;
   constexpr Care kCare =
       Care::kNearExact;  // the forward KL, the default, alone has faster variants
   switch (task.divergence) {
     case Divergence::kForwardKL:
-      if (far) return divergence<Divergence::kForwardKL, Care::kFar>(task, sums, log_ratio, grad);
-      return divergence<Divergence::kForwardKL, kNear>(task, sums, log_ratio, grad);
+      if (!far) return divergence<Divergence::kForwardKL, kNear>(task, sums, log_ratio, grad);
+      if (grad != nullptr) {
+        gradient_sweep<Divergence::kForwardKL, true, Care::kFar, false>(
+            task, sums, make_frame(task, sums, log_ratio), 0, *grad, true);
+      }
+      return kl;
     case Divergence::kReverseKL:
       return divergence<Divergence::kReverseKL, kCare>(task, sums, log_ratio, grad);
     case Divergence::kJSD:
@@ -596,51 +675,6 @@ Task make_task(const DistillArgs& args) {
   return task;
 }
 
-// max (s − t) − min (s − t) over the classes that neither side rules out.
-float gap_range(const Task& task) {
-  float low[kLanes], high[kLanes];
-  std::fill_n(low, kLanes, kInfinity);
-  std::fill_n(high, kLanes, -kInfinity);
-  Buffer buffer_s, buffer_t;
-  for_each_tile(task.columns, false, [&](std::int64_t begin, std::int64_t n) {
-    const float* s = task.student.tile(begin, n, buffer_s);
-    const float* t = task.teacher.tile(begin, n, buffer_t);
-    for (std::int64_t i = 0; i < Side::padded(n); i += kLanes) {
-#pragma omp simd
-      for (std::int64_t j = 0; j < kLanes; ++j) {
-        const float gap = s[i + j] - t[i + j];
-        const bool finite = absolute(gap) < kInfinity;
-        low[j] = finite && gap < low[j] ? gap : low[j];
-        high[j] = finite && gap > high[j] ? gap : high[j];
-      }
-    }
-  });
-  return *std::max_element(high, high + kLanes) - *std::min_element(low, low + kLanes);
-}
-
-// Divided by the number of tokens and spread over the vocabulary, most of a float16 gradient would
-// be below the smallest float16 before the loss scale of mixed-precision training arrives in the
-// backward pass. So a row is kept at a power of 2, which is exact: the largest at which the bound
-// of its entries stays below 2^15, half of what float16 holds. `base` is the row's weight times the
-// scale of the mean.
-double float16_prescale(const Task& task, const Objective& objective, double base) {
-  constexpr int kBoundExponent = 15;
-  // Bounds |q (φ − Σ q φ)| by a quarter of the range of φ, or by 1 where that has no end.
-  double slope = 1;
-  if (task.distill && task.divergence == Divergence::kReverseKL) {
-    slope = std::fmax(1, 0.25 * gap_range(task) / task.temperature);
-  } else if (task.divergence == Divergence::kSkewReverseKL) {
-    slope = std::fmax(1, 0.65 - 0.25 * std::log(objective.beta));
-  }
-  const double distill = slope * objective.distill_weight / objective.temperature;
-  const double bound = std::fabs(base) * (distill + objective.hard_weight);
-  if (!(bound > 0) || !std::isfinite(bound)) return 1;
-  int exponent;
-  std::frexp(bound, &exponent);
-  // Within what a float holds of it and of its reciprocal.
-  return std::ldexp(1, std::clamp(kBoundExponent - exponent, -120, 120));
-}
-
 // `scale` is what the gradient is multiplied by, besides the row's weight.
 void distill_row(const DistillArgs& args, Task task, double scale, std::int64_t row) {
   const Objective& objective = args.objective;
@@ -672,14 +706,10 @@ void distill_row(const DistillArgs& args, Task task, double scale, std::int64_t 
     if (labelled && (!computed || !task.hard)) values.hard = evaluate_term(task, false);
   }
   if (computed) {
-    double base = weight * scale;
-    if (want_grad && grad.dtype == DType::kFloat16) {
-      const double prescale = float16_prescale(task, objective, base);
-      args.unscale[row] = static_cast<float>(1 / prescale);
-      base *= prescale;
-    }
-    grad.distill = base * objective.distill_weight / objective.temperature;
-    grad.hard = base * objective.hard_weight;
+    grad.distill = objective.distill_weight / objective.temperature;
+    grad.hard = objective.hard_weight;
+    grad.scale = weight * scale;
+    grad.unscale = args.unscale + row;
     const RowLoss terms = evaluate(task, want_grad ? &grad : nullptr);
     double sum = 0;
     if (task.distill) sum += objective.distill_weight * (values.distill = terms.distill);
@@ -700,7 +730,7 @@ void scale_row(const ScaleArgs& args, std::int64_t row) {
   const float factor = args.upstream[args.per_row ? row : 0] * unscale;
   if (factor == 1) return;
   void* data = row_pointer(args.grad, row / args.length, row % args.length);
-  Buffer values;
+  alignas(64) Buffer values;
   for_each_tile(args.vocab_size, false, [&](std::int64_t begin, std::int64_t n) {
     load_floats(data, args.grad.dtype, begin, n, values);
 #pragma omp simd
