@@ -172,38 +172,64 @@ float tile_max(const float* x, std::int64_t n) {
                            lanes + kLanes);  // a NaN is never the greater one: the sums find it
 }
 
-// Adds a tile to the sums, or returns false where it holds a logit above the maxima so far.
+// What one class adds to the sums, and how far it lies above the maxima.
+struct Terms {
+  float z_s, z_t, gap, z_rest, above;
+};
+
 // kPower: e^s is that power of e^{s/T}; 0: it takes an exponential of its own.
 template <bool kDistill, bool kHard, int kPower, bool kExact>
-bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
+KDK_FN Terms terms_of(float s, float t, float max_s, float max_t, TwoFloats rate,
+                      TwoFloats unit_rate) {
   constexpr bool kLow =
       kExact && kHard;  // a confident row's loss is as exact as its smallest terms
-  const TwoFloats rate = task.rate, unit_rate = split(kLog2E);
-  const float max_s = anchor(sums.max_s), max_t = anchor(sums.max_t);
-  float z_s = 0, z_t = 0, gap = 0, z_rest = 0, top_s = 0, top_t = 0;
-#pragma omp simd reduction(+ : z_s, z_t, gap, z_rest) reduction(max : top_s, top_t)
-  for (std::int64_t i = 0; i < n; ++i) {
-    const TwoFloats x = two_diff(s[i], max_s);
-    top_s = x.hi > top_s ? x.hi : top_s;
-    float e_s = 0;
-    if constexpr (kDistill) {
-      const float y = t[i] - max_t;
-      top_t = y > top_t ? y : top_t;
-      const Exponential e_t = exponential<false>(y, 0.0f, rate);
-      e_s = exp_of<kLow>(x.hi, x.lo, rate);
-      z_s += e_s;
-      z_t += e_t.value;
-      gap += e_t.value * from_bits(to_bits(x.hi - y) & e_t.mask);  // 0 · ∞ is 0
-    }
-    if constexpr (kHard) {
-      if constexpr (kPower > 0) {
-        z_rest += power<kPower>(e_s);
-      } else {
-        z_rest += exp_of<kLow>(x.hi, x.lo, unit_rate);
-      }
+  Terms terms{};
+  const TwoFloats x = two_diff(s, max_s);
+  terms.above = x.hi;
+  if constexpr (kDistill) {
+    const float y = t - max_t;
+    terms.above = y > x.hi ? y : x.hi;
+    const Exponential e_t = exponential<false>(y, 0.0f, rate);
+    terms.z_s = exp_of<kLow>(x.hi, x.lo, rate);
+    terms.z_t = e_t.value;
+    terms.gap = e_t.value * from_bits(to_bits(x.hi - y) & e_t.mask);  // 0 · ∞ is 0
+  }
+  if constexpr (kHard) {
+    if constexpr (kPower > 0) {
+      terms.z_rest = power<kPower>(terms.z_s);
+    } else {
+      terms.z_rest = exp_of<kLow>(x.hi, x.lo, unit_rate);
     }
   }
-  if (top_s > 0 || top_t > 0) return false;
+  return terms;
+}
+
+KDK_FN Terms operator+(Terms a, Terms b) {
+  return {a.z_s + b.z_s, a.z_t + b.z_t, a.gap + b.gap, a.z_rest + b.z_rest,
+          a.above > b.above ? a.above : b.above};
+}
+
+// Adds a tile to the sums, or returns false where it holds a logit above the maxima so far.
+template <bool kDistill, bool kHard, int kPower, bool kExact>
+bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
+  const TwoFloats rate = task.rate, unit_rate = split(kLog2E);
+  const float max_s = anchor(sums.max_s), max_t = anchor(sums.max_t);
+  const auto at = [&](std::int64_t i) {
+    return terms_of<kDistill, kHard, kPower, kExact>(s[i], t[i], max_s, max_t, rate, unit_rate);
+  };
+  float z_s = 0, z_t = 0, gap = 0, z_rest = 0, above = 0;
+  // Four columns a turn: a quarter of the additions in a row, and of their error among equal terms.
+  const std::int64_t part = n / 4;
+#pragma omp simd reduction(+ : z_s, z_t, gap, z_rest) reduction(max : above)
+  for (std::int64_t i = 0; i < part; ++i) {
+    const Terms terms = (at(i) + at(i + part)) + (at(i + 2 * part) + at(i + 3 * part));
+    z_s += terms.z_s;
+    z_t += terms.z_t;
+    gap += terms.gap;
+    z_rest += terms.z_rest;
+    above = terms.above > above ? terms.above : above;
+  }
+  if (above > 0) return false;
   sums.z_s += z_s;
   sums.z_t += z_t;
   sums.gap += gap;
@@ -302,8 +328,9 @@ Statistics statistics(const Task& task) {
 // ---- The ratio of the normalisers -------------------------------------------------------------
 
 // From this KL on, in units of 1 + |log(z_s / z_t)|, the forward KL that the statistics give is
-// exact enough (relative error below 1e-5), and the gradient without series.
-constexpr double kFarKL = 1.0 / 8;
+// exact enough (relative error below 1e-5 at every instruction-set level), and the gradient without
+// series.
+constexpr double kFarKL = 1.0 / 12;
 // Below this KL the two distributions differ too little for a difference of their rounded
 // normalisers.
 constexpr double kNearKL = 1e-3;
@@ -389,7 +416,8 @@ DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientF
   const GradientFrame g = gradient;
   const TwoFloats unit_rate = split(kLog2E);
   const float w_p = task.w_p, w_q = task.w_q;
-  float value = 0;
+  // The forward KL, whose terms take the least time, has the widest bar.
+  std::conditional_t<kDivergence == Divergence::kForwardKL, float, double> value = 0;
   double mass = 0, slope = 0;
 #pragma omp simd reduction(+ : value, mass, slope)
   for (std::int64_t i = 0; i < n; ++i) {
