@@ -23,7 +23,7 @@ from kdkernels.backends import registry
 from kdkernels.objective import DIVERGENCES
 
 TEMPERATURE, ALPHA = 2.0, 0.5
-ROWS, VOCAB, THREADS, ROUNDS = 256, 128256, 2, 5
+ROWS, VOCAB, THREADS, ROUNDS = 256, 128256, 2, 9
 QUICK_ROWS, QUICK_VOCAB, QUICK_THREADS, QUICK_ROUNDS = 8, 1000, 1, 5
 TINY_ROWS, TINY_VOCAB, TINY_CALLS, TINY_ROUNDS = 4, 16, 100, 21
 DIVERGENCE_CHECK_ROWS = 16  # the other divergences are checked on these, `forward_kl` on all rows
