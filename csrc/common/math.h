@@ -39,6 +39,10 @@ struct TwoFloats {
   float lo;
 };
 
+// log2(e), the rate of e^x.
+constexpr TwoFloats kUnitRate = {static_cast<float>(kLog2E),
+                                 static_cast<float>(kLog2E - static_cast<float>(kLog2E))};
+
 KDK_FN TwoFloats split(double x) {
   const float hi = static_cast<float>(x);
   return {hi, static_cast<float>(x - hi)};

@@ -140,4 +140,90 @@ KDK_FN float power(float e) {
   return (e * e) * (e * e);
 }
 
+// What one class adds to the sums, and how far it lies above the maxima.
+struct Terms {
+  float z_s, z_t, gap, z_rest, above;
+};
+
+// kPower: e^s is that power of e^{s/T}; 0: it takes an exponential of its own.
+template <bool kDistill, bool kHard, int kPower, bool kExact>
+KDK_FN Terms terms_of(float s, float t, float max_s, float max_t, TwoFloats rate) {
+  constexpr bool kLow =
+      kExact && kHard;  // a confident row's loss is as exact as its smallest terms
+  Terms terms{};
+  const TwoFloats x = two_diff(s, max_s);
+  terms.above = x.hi;
+  if constexpr (kDistill) {
+    const float y = t - max_t;
+    terms.above = y > x.hi ? y : x.hi;
+    const Exponential e_t = exponential<false>(y, 0.0f, rate);
+    terms.z_s = exp_of<kLow>(x.hi, x.lo, rate);
+    terms.z_t = e_t.value;
+    terms.gap = e_t.value * from_bits(to_bits(x.hi - y) & e_t.mask);  // 0 · ∞ is 0
+  }
+  if constexpr (kHard) {
+    if constexpr (kPower > 0) {
+      terms.z_rest = power<kPower>(terms.z_s);
+    } else {
+      terms.z_rest = exp_of<kLow>(x.hi, x.lo, kUnitRate);
+    }
+  }
+  return terms;
+}
+
+KDK_FN Terms operator+(Terms a, Terms b) {
+  return {a.z_s + b.z_s, a.z_t + b.z_t, a.gap + b.gap, a.z_rest + b.z_rest,
+          a.above > b.above ? a.above : b.above};
+}
+
+// The gradient's constants, rounded once.
+struct GradientFrame {
+  float distill;           // of q (φ − mean_slope)
+  TwoFloats mean_slope;    // Σ q φ: one float of it would be missing in the sum of every row
+  float student, teacher;  // of e^{(s − max_s)/T} and e^{(t − max_t)/T}, for Care::kFar
+  float hard;              // of e^{s − max_s}
+  float smoothing;         // ε/V of every class
+};
+
+// One class in the gradient: its share of D, what the mean slope needs, and ∂(row loss)/∂s.
+struct Visit {
+  float term, q, slope, part;
+};
+
+template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare>
+KDK_FN Visit visit(float s, float t, RowFrame frame, GradientFrame g, float w_p, float w_q) {
+  Visit at{};
+  const float x = s - frame.max_s;
+  float e_s = 0;
+  at.part = kHard ? -g.smoothing : 0.0f;
+  if constexpr (kDistill) {
+    e_s = exp_of(x, frame.rate);
+    const float e_t = exp_of(t - frame.max_t, frame.rate);
+    if constexpr (kCare == Care::kFar) {
+      at.part = (g.student * e_s + at.part) - g.teacher * e_t;
+    } else {
+      const Element c = element<kCare>(s, t, e_s, e_t, frame);
+      const Contribution of = contribution<kDivergence>(c.p, c.q, c.d, c.difference, w_p, w_q);
+      at.term = of.term;
+      at.q = c.q;
+      at.slope = of.slope;
+      if constexpr (kDivergence == Divergence::kForwardKL) {
+        at.part += g.distill * c.difference;
+      } else {
+        at.part += g.distill * (c.q * ((of.slope - g.mean_slope.hi) - g.mean_slope.lo));
+      }
+    }
+  }
+  if constexpr (kHard) {
+    float e;
+    if constexpr (kPower > 0) {
+      e = power<kPower>(e_s);
+    } else {
+      e = exp_of(x, kUnitRate);
+    }
+    at.part += g.hard * e;
+  }
+  return at;
+}
+
 }  // namespace kdk

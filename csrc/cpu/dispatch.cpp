@@ -10,8 +10,8 @@ namespace {
 
 struct Level {
   const char* name;
-  void (*distill_rows)(const DistillArgs&);
-  void (*scale_rows)(const ScaleArgs&);
+  void (*distill_rows)(const DistillArgs&, int);
+  void (*scale_rows)(const ScaleArgs&, int);
 };
 
 #define KDK_LEVEL(level) \
@@ -58,13 +58,13 @@ std::int64_t find_bad_label(const DistillArgs& args) {
   return -1;
 }
 
-void distill_rows(const DistillArgs& args) {
+void distill_rows(const DistillArgs& args, int threads) {
   const bool fresh = args.grad.data != nullptr && args.grad.data != args.student.data;
   if (fresh) advise_huge_pages(args);
-  level().distill_rows(args);
+  level().distill_rows(args, threads);
 }
 
-void scale_rows(const ScaleArgs& args) { level().scale_rows(args); }
+void scale_rows(const ScaleArgs& args, int threads) { level().scale_rows(args, threads); }
 
 const char* isa_level() { return level().name; }
 

@@ -172,50 +172,13 @@ float tile_max(const float* x, std::int64_t n) {
                            lanes + kLanes);  // a NaN is never the greater one: the sums find it
 }
 
-// What one class adds to the sums, and how far it lies above the maxima.
-struct Terms {
-  float z_s, z_t, gap, z_rest, above;
-};
-
-// kPower: e^s is that power of e^{s/T}; 0: it takes an exponential of its own.
-template <bool kDistill, bool kHard, int kPower, bool kExact>
-KDK_FN Terms terms_of(float s, float t, float max_s, float max_t, TwoFloats rate,
-                      TwoFloats unit_rate) {
-  constexpr bool kLow =
-      kExact && kHard;  // a confident row's loss is as exact as its smallest terms
-  Terms terms{};
-  const TwoFloats x = two_diff(s, max_s);
-  terms.above = x.hi;
-  if constexpr (kDistill) {
-    const float y = t - max_t;
-    terms.above = y > x.hi ? y : x.hi;
-    const Exponential e_t = exponential<false>(y, 0.0f, rate);
-    terms.z_s = exp_of<kLow>(x.hi, x.lo, rate);
-    terms.z_t = e_t.value;
-    terms.gap = e_t.value * from_bits(to_bits(x.hi - y) & e_t.mask);  // 0 · ∞ is 0
-  }
-  if constexpr (kHard) {
-    if constexpr (kPower > 0) {
-      terms.z_rest = power<kPower>(terms.z_s);
-    } else {
-      terms.z_rest = exp_of<kLow>(x.hi, x.lo, unit_rate);
-    }
-  }
-  return terms;
-}
-
-KDK_FN Terms operator+(Terms a, Terms b) {
-  return {a.z_s + b.z_s, a.z_t + b.z_t, a.gap + b.gap, a.z_rest + b.z_rest,
-          a.above > b.above ? a.above : b.above};
-}
-
 // Adds a tile to the sums, or returns false where it holds a logit above the maxima so far.
 template <bool kDistill, bool kHard, int kPower, bool kExact>
 bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
-  const TwoFloats rate = task.rate, unit_rate = split(kLog2E);
+  const TwoFloats rate = task.rate;
   const float max_s = anchor(sums.max_s), max_t = anchor(sums.max_t);
   const auto at = [&](std::int64_t i) {
-    return terms_of<kDistill, kHard, kPower, kExact>(s[i], t[i], max_s, max_t, rate, unit_rate);
+    return terms_of<kDistill, kHard, kPower, kExact>(s[i], t[i], max_s, max_t, rate);
   };
   float z_s = 0, z_t = 0, gap = 0, z_rest = 0, above = 0;
   // Four columns a turn: a quarter of the additions in a row, and of their error among equal terms.
@@ -399,60 +362,28 @@ struct DivergenceSums {
   double mean_slope() const { return slope / mass; }
 };
 
-// The gradient's constants, rounded once.
-struct GradientFrame {
-  float distill;           // of q (φ − mean_slope)
-  TwoFloats mean_slope;    // Σ q φ: one float of it would be missing in the sum of every row
-  float student, teacher;  // of e^{(s − max_s)/T} and e^{(t − max_t)/T}, for Care::kFar
-  float hard;              // of e^{s − max_s}
-  float smoothing;         // ε/V of every class
-};
-
 template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare, bool kValue,
           bool kGradient>
 DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientFrame& gradient,
                           const float* s, const float* t, std::int64_t n, float* out) {
   const RowFrame frame = row;
   const GradientFrame g = gradient;
-  const TwoFloats unit_rate = split(kLog2E);
   const float w_p = task.w_p, w_q = task.w_q;
   // The forward KL, whose terms take the least time, has the widest bar.
   std::conditional_t<kDivergence == Divergence::kForwardKL, float, double> value = 0;
   double mass = 0, slope = 0;
 #pragma omp simd reduction(+ : value, mass, slope)
   for (std::int64_t i = 0; i < n; ++i) {
-    const float x = s[i] - frame.max_s;
-    float e_s = 0, part = kHard ? -g.smoothing : 0.0f;
-    if constexpr (kDistill) {
-      e_s = exp_of(x, frame.rate);
-      const float e_t = exp_of(t[i] - frame.max_t, frame.rate);
-      if constexpr (kCare == Care::kFar) {
-        part = (g.student * e_s + part) - g.teacher * e_t;
-      } else {
-        const Element at = element<kCare>(s[i], t[i], e_s, e_t, frame);
-        const Contribution c = contribution<kDivergence>(at.p, at.q, at.d, at.difference, w_p, w_q);
-        if constexpr (kValue) value += c.term;
-        if constexpr (kDivergence == Divergence::kForwardKL) {
-          part += g.distill * at.difference;
-        } else {
-          if constexpr (kValue) {
-            mass += at.q;
-            slope += static_cast<double>(at.q) * c.slope;
-          }
-          part += g.distill * (at.q * ((c.slope - g.mean_slope.hi) - g.mean_slope.lo));
-        }
+    const Visit at =
+        visit<kDivergence, kDistill, kHard, kPower, kCare>(s[i], t[i], frame, g, w_p, w_q);
+    if constexpr (kValue) {
+      value += at.term;
+      if constexpr (kDivergence != Divergence::kForwardKL) {
+        mass += at.q;
+        slope += static_cast<double>(at.q) * at.slope;
       }
     }
-    if constexpr (kHard) {
-      float e = 0;
-      if constexpr (kPower > 0) {
-        e = power<kPower>(e_s);
-      } else {
-        e = exp_of(x, unit_rate);
-      }
-      part += g.hard * e;
-    }
-    if constexpr (kGradient) out[i] = part;
+    if constexpr (kGradient) out[i] = at.part;
   }
   return {value, mass, slope};
 }
@@ -794,21 +725,21 @@ void for_each_row(std::int64_t rows, std::int64_t columns, int threads, const Bo
 
 }  // namespace
 
-void distill_rows(const DistillArgs& args) {
+void distill_rows(const DistillArgs& args, int threads) {
   const Task task = make_task(args);
   const std::int64_t rows = args.batch * args.length;
   const double scale = args.objective.mean ? mean_scale(args) : 1;
   const bool per_row = args.student.dtype == DType::kFloat16;
   std::fill_n(args.unscale, per_row ? rows : 1, scale == 0 ? 0.0f : 1.0f);
-  for_each_row(rows, args.width, args.threads,
+  for_each_row(rows, args.width, threads,
                [&](std::int64_t row) { distill_row(args, task, scale, row); });
   double sum = 0;
   for (std::int64_t row = 0; row < rows; ++row) sum += args.rows[row];
   *args.loss = static_cast<float>(sum * scale);
 }
 
-void scale_rows(const ScaleArgs& args) {
-  for_each_row(args.batch * args.length, args.vocab_size, args.threads,
+void scale_rows(const ScaleArgs& args, int threads) {
+  for_each_row(args.batch * args.length, args.vocab_size, threads,
                [&](std::int64_t row) { scale_row(args, row); });
 }
 

@@ -19,8 +19,8 @@ using kdk::DType;
 struct Level {
   const char* name;
   bool supported;
-  void (*distill_rows)(const DistillArgs&);
-  void (*scale_rows)(const kdk::ScaleArgs&);
+  void (*distill_rows)(const DistillArgs&, int);
+  void (*scale_rows)(const kdk::ScaleArgs&, int);
 };
 
 const Level kLevels[] = {
@@ -143,7 +143,6 @@ void test_level(const Level& level, DType student_type, DType teacher_type, std:
                     0,           kIgnore,
                     columns,     false,
                     false};
-  args.threads = 2;
   std::vector<Reference> want;
   for (std::int64_t row : {0, 2}) {
     want.push_back(reference(student, teacher, row, labels[row], args.objective));
@@ -156,7 +155,7 @@ void test_level(const Level& level, DType student_type, DType teacher_type, std:
   args.loss = &loss;
   args.unscale = unscale;
   CHECK(kdk::find_bad_label(args) == -1);
-  level.distill_rows(args);
+  level.distill_rows(args, 2);
 
   bool zeros = rows[1] == 0 && rows[kRows + 1] == 0 && rows[2 * kRows + 1] == 0;
   for (std::int64_t j = 0; j < grad.width; ++j) zeros &= kdk::to_bits(grad.get(1, j)) == 0;
@@ -191,8 +190,8 @@ void test_level(const Level& level, DType student_type, DType teacher_type, std:
   const float ones[kRows] = {1, 1, 1};
   const float factors[kRows] = {0.5f, kdk::kNaN, 1};
   const float before = grad.get(0, 0), untouched = grad.get(2, 0);
-  level.scale_rows(
-      {1, kRows, grad.view(), factors, true, ones, labels, nullptr, kIgnore, columns, 2});
+  level.scale_rows({1, kRows, grad.view(), factors, true, ones, labels, nullptr, kIgnore, columns},
+                   2);
   CHECK(grad.get(0, 0) == 0.5f * before);
   CHECK(kdk::to_bits(grad.get(1, 0)) == 0);
   CHECK(grad.get(2, 0) == untouched);

@@ -49,16 +49,14 @@ def _pointer(x):
 def _distill(student, teacher, labels, weights, num_items, grad, want_terms, options):
     losses = ops.new_losses(student)
     bad_label = _C.distill_rows_cpu(
-        *_sizes(student),
+        _sizes(student),
         _rows(student),
         _rows(teacher),
         None if grad is None else _rows(grad),
-        _pointer(labels),
-        _pointer(weights),
-        _pointer(num_items),
-        *(x.data_ptr() for x in losses),
+        tuple(map(_pointer, (labels, weights, num_items))),
+        tuple(map(_pointer, losses)),
         want_terms,
-        *options,
+        options,
         torch.get_num_threads(),
     )
     if bad_label >= 0:
@@ -80,13 +78,11 @@ def distill_rows_(student, teacher, labels, weights, num_items, want_terms, *opt
 
 def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
     _C.scale_rows_cpu(
-        *_sizes(grad)[:2],
+        _sizes(grad),
         _rows(grad),
         upstream.data_ptr(),
         upstream.numel() > 1,
-        unscale.data_ptr(),
-        _pointer(labels),
-        _pointer(weights),
+        tuple(map(_pointer, (labels, weights, unscale))),
         ignore_index,
         vocab_size,
         torch.get_num_threads(),

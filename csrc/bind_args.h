@@ -1,0 +1,92 @@
+// From Python's arguments to common/args.h: tensors come as addresses, see backends/native.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/args.h"
+
+namespace kdk {
+
+using PyRows = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t>;  // see common/rows.h
+using PySizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;        // B, L, V_s
+using PyPointers = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+// objective.Objective, in its order: from divergence to reduction.
+using PyOptions = std::tuple<std::string, double, double, double, double, double, double,
+                             std::int64_t, std::int64_t, std::string>;
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline Rows rows_from(const PyRows& rows) {
+  const auto& [data, dtype, stride_b, stride_l] = rows;
+  return {pointer<void>(data), static_cast<DType>(dtype), stride_b, stride_l};
+}
+
+inline Divergence divergence_from(const std::string& name) {
+  if (name == "forward_kl") return Divergence::kForwardKL;
+  if (name == "reverse_kl") return Divergence::kReverseKL;
+  if (name == "jsd") return Divergence::kJSD;
+  if (name == "skew_forward_kl") return Divergence::kSkewForwardKL;
+  if (name == "skew_reverse_kl") return Divergence::kSkewReverseKL;
+  if (name == "tvd") return Divergence::kTVD;
+  throw pybind11::value_error("unknown divergence '" + name + "'");
+}
+
+// `inputs`: labels, weights, num_items; `outputs`: loss, unscale, rows. An address may be 0.
+inline DistillArgs distill_args(const PySizes& sizes, const PyRows& student, const PyRows& teacher,
+                                const std::optional<PyRows>& grad, const PyPointers& inputs,
+                                const PyPointers& outputs, bool want_terms,
+                                const PyOptions& options) {
+  const auto& [divergence, beta, temperature, distill_weight, hard_weight, distill_scale,
+               label_smoothing, ignore_index, vocab_size, reduction] = options;
+  DistillArgs args;
+  std::tie(args.batch, args.length, args.width) = sizes;
+  args.student = rows_from(student);
+  args.teacher = rows_from(teacher);
+  args.grad = grad ? rows_from(*grad) : Rows{};
+  args.labels = pointer<const std::int64_t>(std::get<0>(inputs));
+  args.weights = pointer<const float>(std::get<1>(inputs));
+  args.num_items = pointer<const double>(std::get<2>(inputs));
+  args.loss = pointer<float>(std::get<0>(outputs));
+  args.unscale = pointer<float>(std::get<1>(outputs));
+  args.rows = pointer<float>(std::get<2>(outputs));
+  args.objective = {divergence_from(divergence),
+                    beta,
+                    temperature,
+                    distill_weight,
+                    hard_weight,
+                    distill_scale,
+                    label_smoothing,
+                    ignore_index,
+                    vocab_size,
+                    reduction == "mean",
+                    want_terms};
+  return args;
+}
+
+// `inputs`: labels, weights, unscale.
+inline ScaleArgs scale_args(const PySizes& sizes, const PyRows& grad, std::uintptr_t upstream,
+                            bool per_row, const PyPointers& inputs, std::int64_t ignore_index,
+                            std::int64_t vocab_size) {
+  ScaleArgs args;
+  args.batch = std::get<0>(sizes);
+  args.length = std::get<1>(sizes);
+  args.grad = rows_from(grad);
+  args.upstream = pointer<const float>(upstream);
+  args.per_row = per_row;
+  args.labels = pointer<const std::int64_t>(std::get<0>(inputs));
+  args.weights = pointer<const float>(std::get<1>(inputs));
+  args.unscale = pointer<const float>(std::get<2>(inputs));
+  args.ignore_index = ignore_index;
+  args.vocab_size = vocab_size;
+  return args;
+}
+
+}  // namespace kdk

@@ -1,0 +1,55 @@
+// What a call of a row operator is given, on every device. The operators are declared in cpu/cpu.h
+// and cuda/cuda.h, their tensors described in kdkernels/ops.py.
+#pragma once
+
+#include <cstdint>
+
+#include "common/objective.h"
+#include "common/rows.h"
+
+namespace kdk {
+
+// Objective (kdkernels/objective.py), and what the caller wants of it.
+struct Objective {
+  Divergence divergence;
+  double beta;
+  double temperature;
+  double distill_weight;
+  double hard_weight;
+  double distill_scale;
+  double label_smoothing;
+  std::int64_t ignore_index;
+  std::int64_t vocab_size;
+  bool mean;  // the reduction; the others differ in what the caller does with the rows
+  bool want_terms;
+};
+
+struct DistillArgs {
+  std::int64_t batch, length;  // B, L
+  std::int64_t width;          // V_s: columns of student and gradient, padding included
+  Rows student;                // (B, L, V_s)
+  Rows teacher;                // (B, L, V_t)
+  Rows grad;  // (B, L, V_s), may be the student's own memory; data null: not wanted
+  const std::int64_t* labels;  // (B · L) or null
+  const float* weights;        // (B · L) or null for 1
+  const double* num_items;     // () or null: what a mean divides by
+  float* loss;                 // ()
+  float* unscale;  // what the gradient still has to be multiplied by: (B · L) where it is
+                   // float16, else ()
+  float* rows;     // (3, B · L): weight · loss, distillation term, cross-entropy
+  Objective objective;
+};
+
+struct ScaleArgs {
+  std::int64_t batch, length;
+  Rows grad;              // (B, L, V_s)
+  const float* upstream;  // (B · L), or () when !per_row
+  bool per_row;
+  const float* unscale;        // as in DistillArgs
+  const std::int64_t* labels;  // (B · L) or null
+  const float* weights;        // (B · L) or null
+  std::int64_t ignore_index;
+  std::int64_t vocab_size;
+};
+
+}  // namespace kdk
