@@ -140,8 +140,6 @@ def give_up(logits):
     Raises PyTorch's error for a leaf that requires grad. What autograd saved from the logits
     raises at its own backward, because their version counter moves.
     """
-    if torch.compiler.is_compiling():
-        return logits  # a compiled graph owns its memory and decides itself what is overwritten
     alias = GiveUp.apply(logits)
     Overwrite.apply(logits)
     return alias

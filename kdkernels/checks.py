@@ -1,5 +1,7 @@
 """What `kd_loss` requires of its tensors: typed errors that say what was got and what is wanted."""
 
+import sys
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,8 +43,7 @@ def logits(student, teacher, vocab_size):
         if not widths[0] and student.shape[:-1].numel():
             raise ValueError(f"logits must have at least one class, got student {_shape(student)}")
         return widths[0]
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    vocab_size_option(vocab_size)
     if not 1 <= vocab_size <= min(widths):
         raise ValueError(
             f"vocab_size must be in [1, {min(widths)}], the narrower of student and teacher, "
@@ -51,14 +52,24 @@ def logits(student, teacher, vocab_size):
     return vocab_size
 
 
+def vocab_size_option(vocab_size):
+    """What can be said of it without logits."""
+    if vocab_size is None:
+        return
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+
+
 def row_tensor(name, x, student, dtypes):
     """Check a tensor that holds one value for every row, or None."""
     if x is None:
         return
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name} must be one of {_names(dtypes)}, got {x.dtype}")
+    if x.dtype not in dtypes or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor of {_names(dtypes)}, got {_kind(x)}")
     if x.shape != student.shape[:-1]:
         raise ValueError(
             f"{name} must have shape {tuple(student.shape[:-1])}, the student's leading "
@@ -82,12 +93,15 @@ def num_items(num_items, reduction):
             raise TypeError(f"num_items must be a real number, got {num_items.dtype}")
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"num_items must be a number or tensor, got {type(num_items).__name__}")
-    elif not 0 <= num_items < float("inf"):
+    elif not 0 <= num_items <= sys.float_info.max:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")
 
 
-def overwritable(student):
-    """In place means in the caller's own memory: logits that would be copied first are refused."""
+def overwritable(student, teacher):
+    """In place means in the caller's own memory: logits that would be copied first are refused.
+
+    So are rows that share memory with each other, or with another row of the teacher's.
+    """
     strides = [
         stride for size, stride in zip(student.shape, student.stride(), strict=True) if size > 1
     ]
@@ -105,6 +119,49 @@ def overwritable(student):
                 f"inplace=True needs leading dimensions that flatten to two, got shape "
                 f"{_shape(student)} with strides {student.stride()}"
             ) from None
+
+    if torch.compiler.is_compiling():  # nothing is overwritten then
+        if student.is_leaf:  # PyTorch's own error, which comes with the overwriting
+            raise RuntimeError(
+                "inplace=True: a leaf Variable that requires grad is being used in an in-place "
+                "operation"
+            )
+        return
+    if not student.is_contiguous():
+        rows = _row_addresses(student)
+        if (rows[1:] - rows[:-1] < student.shape[-1] * student.element_size()).any():
+            raise ValueError(
+                "inplace=True cannot write rows that share memory, got student logits of shape "
+                f"{_shape(student)} with strides {student.stride()}"
+            )
+    same = teacher.data_ptr() == student.data_ptr() and teacher.stride() == student.stride()
+    if not same and _overlap(student, teacher):
+        raise ValueError(
+            "inplace=True would overwrite teacher logits that are still to be read: student and "
+            "teacher share memory; pass a copy of one, or inplace=False"
+        )
+
+
+def _row_addresses(x):
+    """Where the rows of x (..., V) begin, in bytes, ascending: int64, on the CPU."""
+    starts = torch.full((), x.data_ptr(), dtype=torch.int64)
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        starts = starts[..., None] + torch.arange(size) * (stride * x.element_size())
+    return starts.flatten().sort().values
+
+
+def _overlap(a, b):
+    """Whether two tensors (..., V) of unit vocabulary stride have a byte in common."""
+    if not a.numel() or not b.numel():
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    starts, others = _row_addresses(a), _row_addresses(b)
+    ends = starts + a.shape[-1] * a.element_size()
+    # Rows of `b` that begin before the end of a row of `a` and do not end before it begins.
+    before_end = torch.searchsorted(others, ends)
+    ended = torch.searchsorted(others + b.shape[-1] * b.element_size(), starts, right=True)
+    return bool((before_end > ended).any())
 
 
 def _shape(x):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import autograd, checks
+from . import autograd, checks, ops
 from .backends import eager, registry
 from .objective import make_objective
 
@@ -85,6 +85,7 @@ def kd_loss(
             With the number of tokens of the whole batch, gradient accumulation and data parallel
             training give the gradient of one big batch.
         inplace: write the gradient over the student's logits, which may not be used afterwards.
+            (Under `torch.compile`, whose graphs own their memory, they are left as they are.)
         backend: "native", "eager", or None: the environment variable `KDKERNELS_BACKEND`, read at
             each call (by `torch.compile`: when it traces), else the fastest usable one.
         return_terms: return `KDTerms(loss, distill, hard, num_items)`.
@@ -126,8 +127,12 @@ def kd_loss(
     if shift:
         labels, token_weights = _shift(student, labels, token_weights, ignore_index)
     if inplace and student.requires_grad and torch.is_grad_enabled():
-        checks.overwritable(student)
-        student = autograd.give_up(student)
+        checks.overwritable(student, teacher)
+        if labels is not None and student.device.type == "cpu":
+            ops.check_labels(labels, ignore_index, vocab_size)  # an error leaves the logits alone
+        inplace = not torch.compiler.is_compiling()
+        if inplace:
+            student = autograd.give_up(student)
     else:
         inplace = False
     student, teacher = _rows(student), _rows(teacher)

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from . import checks
+from .backends import registry
 from .functional import kd_loss
 from .objective import make_objective
 
@@ -47,6 +49,8 @@ class KDLoss(nn.Module):
             reduction=reduction,
         )
         make_objective(**objective, has_labels=True)
+        checks.vocab_size_option(vocab_size)
+        registry.check_name("backend", backend)
         self.options = dict(
             **objective,
             shift=shift,

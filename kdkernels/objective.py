@@ -89,6 +89,8 @@ def make_objective(
     label_smoothing = _number("label_smoothing", label_smoothing, 0, 1)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
     if label_smoothing and not has_labels:
         raise ValueError(f"label_smoothing={label_smoothing} needs labels, but labels is None")
     distill_scale = temperature * temperature if t_squared else 1.0

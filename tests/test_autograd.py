@@ -393,6 +393,41 @@ def test_inplace_refuses_what_it_would_have_to_copy(backend, layout):
         kd_loss(logits, teacher, labels, inplace=True, backend=backend)
 
 
+@pytest.mark.parametrize("kind", ["shifted", "interleaved", "rows of each other"])
+def test_inplace_refuses_memory_that_is_still_read(backend, kind):
+    student, teacher, labels = problem(4, 6)
+    buffer = (student.repeat(2, 2).requires_grad_() * 1)[:, :6]
+    if kind == "shifted":
+        logits, others = buffer[1:5], buffer[:4].detach()
+    elif kind == "interleaved":
+        logits, others = buffer[:4], buffer.detach().as_strided((4, 6), (12, 1), 3)
+    else:
+        logits, others = buffer.as_strided((4, 6), (3, 1)), teacher
+    with pytest.raises(ValueError, match="inplace=True .*memory"):
+        kd_loss(logits, others, labels, inplace=True, backend=backend)
+
+
+def test_inplace_beside_a_teacher_in_the_same_memory(backend):
+    student, teacher, labels = problem(4, 6)
+    both = torch.stack([student, teacher], 1).requires_grad_() * 1
+    expected = run(student, teacher, labels, upstream=torch.tensor(1.0), backend=backend)
+    for others, want in ((both.detach()[:, 1], expected), (both.detach()[:, 0], None)):
+        logits = (both * 1)[:, 0] if want is None else both[:, 0]
+        loss = kd_loss(logits, others, labels, inplace=True, backend=backend)
+        if want is not None:
+            assert_same_bits((loss.detach(), want[0]))
+
+
+def test_inplace_error_leaves_the_logits_alone(backend):
+    student, teacher, labels = problem(4, 6)
+    logits = student.clone().requires_grad_() * 1
+    labels[2] = 6
+    with pytest.raises(IndexError):
+        kd_loss(logits, teacher, labels, inplace=True, backend=backend)
+    assert logits._version == 0
+    logits.sum().backward()
+
+
 def test_grad_mode_is_respected(backend):
     student, teacher, labels = problem(4, 19)
     for requires, enabled in itertools.product((True, False), repeat=2):

@@ -1,8 +1,10 @@
 """Which backend computes a call: `backend=`, then `KDKERNELS_BACKEND`, then the first usable."""
 
+import math
+
 import pytest
 import torch
-from conftest import UNAVAILABLE, assert_same_bits, problem, run
+from conftest import INF, UNAVAILABLE, assert_same_bits, problem, run
 
 from kdkernels import KDLoss, kd_loss
 from kdkernels.backends import registry
@@ -159,3 +161,14 @@ def test_backends_agree(compiled):
     torch.testing.assert_close(ours[0], eager[0], rtol=1e-5, atol=0)
     error = (ours[1] - eager[1]).abs().amax() / eager[1].abs().amax()
     assert 0 < error < 1e-5  # exactly 0 would mean that one of them was compared with itself
+
+
+@pytest.mark.parametrize("beta", [1e-4, 1e-8, 1e-12, 1e-16, 1e-20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eager_mixture_of_little_weight_is_not_lost(beta, dtype):
+    # p = (1/2, 1/2), q = (1, 0): KL(p ‖ βp + (1−β)q) = −½ log(β/2 (2 − β)) − log 2 + …
+    student = torch.tensor([[0.0, -INF]], dtype=dtype)
+    teacher = torch.zeros(1, 2, dtype=dtype)
+    loss = kd_loss(student, teacher, divergence="skew_forward_kl", beta=beta, backend="eager")
+    exact = -math.log(2) - 0.5 * (math.log(beta / 2) + math.log1p(-beta / 2))
+    assert abs(loss.item() / exact - 1) < 8 * torch.finfo(dtype).eps

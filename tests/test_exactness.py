@@ -173,6 +173,18 @@ def test_n1_cross_entropy(backend, v):
             check(f"N1 {dtype} V={v} {name}", worst, 1e-6)
 
 
+def test_n1_a_difference_that_one_float_does_not_hold(compiled, dtype):
+    # 65 − 3.7e-6 has more bits than a float, in every dtype; the loss is e to that power.
+    student = torch.full((1, 1000), 3.7e-6).to(dtype)
+    student[0, 0] = 65
+    labels = torch.zeros(1, dtype=torch.int64)
+    for temperature in (1.0, 2.0, 2.5):
+        options = dict(temperature=temperature, return_terms=True, backend=compiled)
+        hard = kd_loss(student, student, labels, **options).hard
+        exact = reference(student, student, labels, alpha=0.0, reduction="sum").loss
+        check(f"N1 {dtype} T={temperature:g}", relative_error(hard, exact).item(), 1e-6)
+
+
 @pytest.mark.parametrize("v", N1_WIDTHS)
 def test_n6_true_class_gradient(backend, v):
     if backend == "eager" and v > 1000:

@@ -363,3 +363,29 @@ def test_h30_equal_rows(compiled, dtype, name):
     options = dict(divergence=name, temperature=1.5, reduction="none", backend=compiled)
     loss, grad = run(student, student.clone(), **options)
     assert not loss.any() and not grad.any()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_h4_infinite_even_where_the_teachers_probability_underflows(
+    backend, dtype, temperature, spread
+):
+    teacher = torch.randn(1, 1000) * 2 * temperature
+    teacher[0, 7] = teacher.max() - 110 * temperature  # e^-110 is no float
+    teacher = teacher.to(dtype)
+    student = teacher.clone()
+    student[0, 7] = -INF
+    student[0, :500] += spread * temperature
+    student[0, 7] = -INF
+    loss, grad = run(student, teacher, temperature=temperature, backend=backend)
+    assert loss == INF and grad.isfinite().all()
+
+
+def test_infinite_weights_do_not_make_a_row_that_counts_vanish(backend):
+    student, teacher, labels = problem(4, 19)
+    weights = torch.tensor([1, INF, 1, 1])
+    for options in (dict(token_weights=weights), dict(num_items=torch.tensor(INF))):
+        broken = student.clone()
+        broken[1] = NAN
+        loss, grad = run(broken, teacher, labels, backend=backend, **options)
+        assert loss.isnan() and grad[1].isnan().all() and not grad[[0, 2, 3]].any()

@@ -76,3 +76,19 @@ def test_it_is_a_module_without_state():
 def test_repr_says_the_options():
     text = repr(KDLoss(temperature=4.0, divergence="tvd"))
     assert "temperature=4.0" in text and "divergence='tvd'" in text
+
+
+@pytest.mark.parametrize(
+    "error, options",
+    [
+        (ValueError, dict(backend="nope")),
+        (ValueError, dict(backend=["native"])),
+        (ValueError, dict(vocab_size=-1)),
+        (TypeError, dict(vocab_size="x")),
+        (ValueError, dict(divergence=["jsd"])),
+        (ValueError, dict(ignore_index=2**63)),
+    ],
+)
+def test_errors_are_raised_when_constructed(error, options):
+    with pytest.raises(error, match=next(iter(options))):
+        KDLoss(**options)

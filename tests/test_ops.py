@@ -209,6 +209,33 @@ def test_compiled_inplace_is_the_same_bits(backend):
     assert_same_bits((loss, expected[0]), (grad, expected[1]))
 
 
+def test_compiled_inplace_spares_what_is_used_later(backend):
+    student, teacher, labels = problem(6, 19)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(leaf):
+        logits = leaf * 1
+        loss = kd_loss(logits, teacher, labels, inplace=True, backend=backend)
+        return loss + logits.pow(2).sum()
+
+    leaf, same = (student.clone().requires_grad_() for _ in range(2))
+    loss = function(leaf)
+    expected = kd_loss(same, teacher, labels, backend=backend) + same.pow(2).sum()
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(leaf.grad, same.grad, atol=0, rtol=1e-6)
+
+
+def test_compiled_inplace_on_a_leaf_is_an_error(backend):
+    student, teacher, labels = problem(6, 19)
+    leaf = student.clone().requires_grad_()
+    function = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        function(leaf, teacher, labels, inplace=True, backend=backend)
+    assert_same_bits((leaf, student))
+
+
 def test_compiled_errors_are_raised(backend):
     student, teacher, labels = problem(4, 19)
     labels[1] = 19

@@ -65,15 +65,42 @@ KDK_FN float fused(float a, float b, float c) {
 #endif
 }
 
-struct Exponential {
-  float value;
-  std::uint32_t mask;  // no bit where the value is 0, else every bit
-};
+#ifdef __CUDA_ARCH__
+
+// 2^x by the special-function unit, to 2 ulp; subnormal results are 0.
+static __device__ __forceinline__ float exp2_unit(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// As on the host, below, but without kLow the exponent's argument is rounded: an error of 2^-24
+// |x| / T more.
+template <bool kLow>
+static __device__ __forceinline__ float exp_of(float x, float x_lo, TwoFloats rate) {
+  float y;
+  if constexpr (kLow) {
+    constexpr float kShift = 12582912.0f + 127.0f;
+    const float shifted = x * rate.hi + kShift;
+    const float n = shifted - kShift;
+    float f = fused(x, rate.hi, -n);
+    f = x * rate.lo + f;
+    f = x_lo * rate.hi + f;
+    y = exp2_unit(f) * from_bits(to_bits(shifted) << 23);
+    y = shifted < 12582912.0f + 1.0f ? 0.0f : y;
+  } else {
+    x = x < -1e37f ? -1e37f : x;  // −inf times the two parts of the rate would be NaN
+    y = exp2_unit(fused(x, rate.hi, x * rate.lo));
+  }
+  return y;
+}
+
+#else
 
 // e^{(x + x_lo) / T} for x <= 0, with rate = log2(e) / T in two floats: 2 ulp. Exactly 1 at 0,
 // exactly 0 at −inf and wherever the result would be subnormal; NaN stays NaN.
 template <bool kLow>
-KDK_FN Exponential exponential(float x, float x_lo, TwoFloats rate) {
+KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
   // Adding 1.5 · 2^23 rounds to an integer n; adding the exponent bias as well leaves n + 127 in
   // the low bits, which shifted into place are 2^n.
   constexpr float kShift = 12582912.0f + 127.0f;
@@ -92,13 +119,10 @@ KDK_FN Exponential exponential(float x, float x_lo, TwoFloats rate) {
   y = y * f + 1.0f;
   y *= from_bits(to_bits(shifted) << 23);
   const std::uint32_t mask = shifted < 12582912.0f + 1.0f ? 0u : ~0u;
-  return {from_bits(to_bits(y) & mask), mask};
+  return from_bits(to_bits(y) & mask);
 }
 
-template <bool kLow>
-KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
-  return exponential<kLow>(x, x_lo, rate).value;
-}
+#endif
 
 KDK_FN float exp_of(float x, TwoFloats rate) { return exp_of<false>(x, 0.0f, rate); }
 
@@ -125,9 +149,12 @@ KDK_FN float log1p_gap(float y) {
   return z * y + 0.5f;
 }
 
-// log(x) for normal x > 0; finite for 0 and subnormal x, where only a product with 0 is wanted of
-// it.
-KDK_FN float log_of(float x) {
+// log(x) = exponent · log 2 + of_fraction, for normal x > 0.
+struct Logarithm {
+  float exponent, of_fraction;
+};
+
+KDK_FN Logarithm logarithm(float x) {
   constexpr std::uint32_t kSqrtHalf = 0x3f3504f3u;
   const std::uint32_t bits = to_bits(x) - kSqrtHalf;
   const float exponent = static_cast<float>(static_cast<std::int32_t>(bits) >> 23);
@@ -142,7 +169,14 @@ KDK_FN float log_of(float x) {
   y = y * f - 2.4999994e-1f;
   y = y * f + 3.3333331e-1f;
   y = y * f * f * f - 0.5f * f * f;
-  return exponent * 0.69314718f + (y + f);
+  return {exponent, y + f};
+}
+
+// log(x) for normal x > 0; finite for 0 and subnormal x, where only a product with 0 is wanted of
+// it.
+KDK_FN float log_of(float x) {
+  const Logarithm log = logarithm(x);
+  return log.exponent * 0.69314718f + log.of_fraction;
 }
 
 }  // namespace kdk

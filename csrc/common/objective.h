@@ -36,13 +36,10 @@ struct Element {
 
 // What a row asks of the arithmetic.
 enum class Care {
-  kFar,        // p and q differ by so much that no difference needs help: there is no element()
-  kNear,       // q − p and the terms by series where they cancel
-  kNearExact,  // and the differences from the maxima in two floats each; logits that all come from
-               // half precision do not need it, as one float holds their differences
+  kFar,   // p and q differ by so much that no difference needs help: there is no element()
+  kNear,  // q − p and the terms by series where they cancel, differences in two floats each
 };
 
-template <Care kCare>
 KDK_FN Element element(float s, float t, float e_s, float e_t, RowFrame frame) {
   Element x;
   x.q = e_s * frame.inv_z_s;
@@ -51,12 +48,8 @@ KDK_FN Element element(float s, float t, float e_s, float e_t, RowFrame frame) {
   const TwoFloats from_max_s = two_diff(s, frame.max_s);
   const TwoFloats from_max_t = two_diff(t, frame.max_t);
   const float gap = from_max_s.hi - from_max_t.hi;
-  static_assert(kCare != Care::kFar);
-  float low = -frame.log_ratio.lo;
-  if constexpr (kCare == Care::kNearExact) {
-    low += from_max_s.lo - from_max_t.lo;
-    low = low == low ? low : 0.0f;  // NaN next to an infinite difference
-  }
+  float low = (from_max_s.lo - from_max_t.lo) - frame.log_ratio.lo;
+  low = low == low ? low : 0.0f;  // NaN next to an infinite difference
   const float d = ((gap - frame.log_ratio.hi) + low) * frame.inv_temperature;
   x.d = d == d ? d : 0.0f;  // −inf on both sides: no probability, no difference
   // q − p by expm1 where it cancels; where the logits are far apart and only the normalisers bring
@@ -146,20 +139,20 @@ struct Terms {
 };
 
 // kPower: e^s is that power of e^{s/T}; 0: it takes an exponential of its own.
-template <bool kDistill, bool kHard, int kPower, bool kExact>
+template <bool kDistill, bool kHard, int kPower>
 KDK_FN Terms terms_of(float s, float t, float max_s, float max_t, TwoFloats rate) {
-  constexpr bool kLow =
-      kExact && kHard;  // a confident row's loss is as exact as its smallest terms
+  constexpr bool kLow = kHard;  // a confident row's loss is as exact as its smallest terms
   Terms terms{};
   const TwoFloats x = two_diff(s, max_s);
   terms.above = x.hi;
   if constexpr (kDistill) {
     const float y = t - max_t;
     terms.above = y > x.hi ? y : x.hi;
-    const Exponential e_t = exponential<false>(y, 0.0f, rate);
+    const float e_t = exp_of(y, rate);
     terms.z_s = exp_of<kLow>(x.hi, x.lo, rate);
-    terms.z_t = e_t.value;
-    terms.gap = e_t.value * from_bits(to_bits(x.hi - y) & e_t.mask);  // 0 · ∞ is 0
+    terms.z_t = e_t;
+    // NaN where the student rules out a class whose e_t is merely too small for a float.
+    terms.gap = y > -kInfinity ? e_t * (x.hi - y) : 0.0f;
   }
   if constexpr (kHard) {
     if constexpr (kPower > 0) {
@@ -202,7 +195,7 @@ KDK_FN Visit visit(float s, float t, RowFrame frame, GradientFrame g, float w_p,
     if constexpr (kCare == Care::kFar) {
       at.part = (g.student * e_s + at.part) - g.teacher * e_t;
     } else {
-      const Element c = element<kCare>(s, t, e_s, e_t, frame);
+      const Element c = element(s, t, e_s, e_t, frame);
       const Contribution of = contribution<kDivergence>(c.p, c.q, c.d, c.difference, w_p, w_q);
       at.term = of.term;
       at.q = c.q;

@@ -113,7 +113,6 @@ struct Task {
   std::int64_t columns;  // V
   std::int64_t label;    // the hard term's
   bool distill, hard;    // the terms to compute; neither side is read for a term that is not
-  bool exact;            // the logits do not all come from half precision
   Divergence divergence;
   float w_p, w_q;  // of the mixture, see contribution()
   double temperature;
@@ -173,12 +172,12 @@ float tile_max(const float* x, std::int64_t n) {
 }
 
 // Adds a tile to the sums, or returns false where it holds a logit above the maxima so far.
-template <bool kDistill, bool kHard, int kPower, bool kExact>
+template <bool kDistill, bool kHard, int kPower>
 bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
   const TwoFloats rate = task.rate;
   const float max_s = anchor(sums.max_s), max_t = anchor(sums.max_t);
   const auto at = [&](std::int64_t i) {
-    return terms_of<kDistill, kHard, kPower, kExact>(s[i], t[i], max_s, max_t, rate);
+    return terms_of<kDistill, kHard, kPower>(s[i], t[i], max_s, max_t, rate);
   };
   float z_s = 0, z_t = 0, gap = 0, z_rest = 0, above = 0;
   // Four columns a turn: a quarter of the additions in a row, and of their error among equal terms.
@@ -200,21 +199,20 @@ bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, 
   return true;
 }
 
-template <bool kExact>
 bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
-  if (!task.hard) return add_tile<true, false, 0, kExact>(task, s, t, n, sums);
-  if (!task.distill) return add_tile<false, true, 0, kExact>(task, s, t, n, sums);
+  if (!task.hard) return add_tile<true, false, 0>(task, s, t, n, sums);
+  if (!task.distill) return add_tile<false, true, 0>(task, s, t, n, sums);
   switch (task.power) {
     case 1:
-      return add_tile<true, true, 1, kExact>(task, s, t, n, sums);
+      return add_tile<true, true, 1>(task, s, t, n, sums);
     case 2:
-      return add_tile<true, true, 2, kExact>(task, s, t, n, sums);
+      return add_tile<true, true, 2>(task, s, t, n, sums);
     case 3:
-      return add_tile<true, true, 3, kExact>(task, s, t, n, sums);
+      return add_tile<true, true, 3>(task, s, t, n, sums);
     case 4:
-      return add_tile<true, true, 4, kExact>(task, s, t, n, sums);
+      return add_tile<true, true, 4>(task, s, t, n, sums);
     default:
-      return add_tile<true, true, 0, kExact>(task, s, t, n, sums);
+      return add_tile<true, true, 0>(task, s, t, n, sums);
   }
 }
 
@@ -256,7 +254,6 @@ void raise_maxima(const Task& task, float max_s, float max_t, std::int64_t done,
   sums.max_t = std::max(sums.max_t, max_t);
 }
 
-template <bool kExact>
 Statistics statistics(const Task& task) {
   Statistics sums;
   alignas(64) Buffer buffer_s, buffer_t;
@@ -281,9 +278,9 @@ Statistics statistics(const Task& task) {
       buffer_s[label] = -kInfinity;
       if (task.distill) buffer_t[label] = -kInfinity;
     }
-    if (add_tile<kExact>(task, s, t, padded, sums)) return;
+    if (add_tile(task, s, t, padded, sums)) return;
     raise();
-    add_tile<kExact>(task, s, t, padded, sums);
+    add_tile(task, s, t, padded, sums);
   });
   return sums;
 }
@@ -311,9 +308,7 @@ RowFrame make_frame(const Task& task, const Statistics& sums, double log_ratio) 
 }
 
 // Σ (e^{(s − max_s)/T} − e^{(t − max_t)/T}), each difference taken before it is rounded.
-template <bool kExact>
 double normaliser_difference(const Task& task, const Statistics& sums) {
-  constexpr Care kCare = kExact ? Care::kNearExact : Care::kNear;
   RowFrame frame = make_frame(task, sums, 0.0);
   frame.inv_z_s = frame.inv_z_t = 1.0f;
   alignas(64) Buffer buffer_s, buffer_t;
@@ -326,7 +321,7 @@ double normaliser_difference(const Task& task, const Statistics& sums) {
     for (std::int64_t i = 0; i < Side::padded(n); ++i) {
       const float e_s = exp_of(s[i] - frame.max_s, frame.rate);
       const float e_t = exp_of(t[i] - frame.max_t, frame.rate);
-      sum += element<kCare>(s[i], t[i], e_s, e_t, frame).difference;
+      sum += element(s[i], t[i], e_s, e_t, frame).difference;
     }
     total += sum;
   });
@@ -339,13 +334,12 @@ struct NormaliserRatio {
   bool far;    // whether that is exact enough, and with it Care::kFar
 };
 
-template <bool kExact>
 NormaliserRatio normaliser_ratio(const Task& task, const Statistics& sums) {
   NormaliserRatio ratio{std::log(sums.z_s / sums.z_t), 0, false};
   // Infinite or NaN where the student rules a class out that the teacher does not.
   ratio.kl = ratio.log - sums.gap / (task.temperature * sums.z_t);
   if (ratio.kl < kNearKL) {
-    ratio.log = std::log1p(normaliser_difference<kExact>(task, sums) / sums.z_t);
+    ratio.log = std::log1p(normaliser_difference(task, sums) / sums.z_t);
   }
   ratio.far = ratio.kl >= kFarKL * (1 + std::fabs(ratio.log)) && std::isfinite(ratio.kl) &&
               task.student.dtype != DType::kFloat16;
@@ -540,15 +534,12 @@ double divergence(const Task& task, const Statistics& sums, double log_ratio,
   return value.value;
 }
 
-template <bool kExact>
 double divergence(const Task& task, const Statistics& sums, const GradientTask* grad) {
-  const auto [log_ratio, kl, far] = normaliser_ratio<kExact>(task, sums);
-  constexpr Care kNear = kExact ? Care::kNearExact : Care::kNear;
-  constexpr Care kCare =
-      Care::kNearExact;  // the forward KL, the default, alone has faster variants
+  const auto [log_ratio, kl, far] = normaliser_ratio(task, sums);
+  constexpr Care kCare = Care::kNear;  // the forward KL, the default, alone has a faster variant
   switch (task.divergence) {
     case Divergence::kForwardKL:
-      if (!far) return divergence<Divergence::kForwardKL, kNear>(task, sums, log_ratio, grad);
+      if (!far) return divergence<Divergence::kForwardKL, kCare>(task, sums, log_ratio, grad);
       if (grad != nullptr) {
         gradient_sweep<Divergence::kForwardKL, true, Care::kFar, false>(
             task, sums, make_frame(task, sums, log_ratio), 0, *grad, true);
@@ -579,9 +570,8 @@ double cross_entropy(const Task& task, const Statistics& sums) {
   return (smoothing < 1 ? (1 - smoothing) * nll : 0) + smoothing * uniform;
 }
 
-template <bool kExact>
 RowLoss evaluate(const Task& task, const GradientTask* grad) {
-  const Statistics sums = statistics<kExact>(task);
+  const Statistics sums = statistics(task);
   // A NaN or +inf among the logits, or nothing but −inf, leaves no positive sum.
   const bool distill_ok = !task.distill || (sums.z_s > 0 && sums.z_t > 0);
   const bool hard_ok = !task.hard || sums.z_hard() > 0;
@@ -591,16 +581,12 @@ RowLoss evaluate(const Task& task, const GradientTask* grad) {
   if (!distill_ok || !hard_ok) {
     if (grad != nullptr) fill(kNaN, grad->dtype, 0, task.columns, grad->row);
   } else if (task.distill) {
-    loss.distill = divergence<kExact>(task, sums, grad);
+    loss.distill = divergence(task, sums, grad);
   } else if (grad != nullptr) {
     gradient_sweep<Divergence::kForwardKL, false, Care::kFar, false>(
         task, sums, make_frame(task, sums, 0.0), 0, *grad, true);
   }
   return loss;
-}
-
-RowLoss evaluate(const Task& task, const GradientTask* grad) {
-  return task.exact ? evaluate<true>(task, grad) : evaluate<false>(task, grad);
 }
 
 // The one term, without a gradient.
@@ -620,7 +606,6 @@ Task make_task(const DistillArgs& args) {
   task.label = -1;
   task.distill = objective.distill_weight != 0;
   task.hard = objective.hard_weight != 0;
-  task.exact = args.student.dtype == DType::kFloat32 || args.teacher.dtype == DType::kFloat32;
   task.divergence = objective.divergence;
   const bool reverse = objective.divergence == Divergence::kSkewReverseKL;
   task.w_p = static_cast<float>(reverse ? 1 - objective.beta : objective.beta);
@@ -634,8 +619,8 @@ Task make_task(const DistillArgs& args) {
   return task;
 }
 
-// `scale` is what the gradient is multiplied by, besides the row's weight.
-void distill_row(const DistillArgs& args, Task task, double scale, std::int64_t row) {
+// `denominator` is what the gradient is divided by, besides the row's weight.
+void distill_row(const DistillArgs& args, Task task, double denominator, std::int64_t row) {
   const Objective& objective = args.objective;
   const std::int64_t b = row / args.length, l = row % args.length;
   const std::int64_t rows = args.batch * args.length;
@@ -658,7 +643,7 @@ void distill_row(const DistillArgs& args, Task task, double scale, std::int64_t 
   task.teacher.row = row_pointer(args.teacher, b, l);
 
   // Before the gradient, which may replace the student's logits.
-  const bool computed = counts && weight != 0 && scale != 0;
+  const bool computed = counts && weight != 0 && denominator != 0;
   RowLoss values;
   if (counts && objective.want_terms) {
     if (!computed || !task.distill) values.distill = evaluate_term(task, true);
@@ -667,7 +652,7 @@ void distill_row(const DistillArgs& args, Task task, double scale, std::int64_t 
   if (computed) {
     grad.distill = objective.distill_weight / objective.temperature;
     grad.hard = objective.hard_weight;
-    grad.scale = weight * scale;
+    grad.scale = weight / denominator;
     grad.unscale = args.unscale + row;
     const RowLoss terms = evaluate(task, want_grad ? &grad : nullptr);
     double sum = 0;
@@ -700,8 +685,8 @@ void scale_row(const ScaleArgs& args, std::int64_t row) {
 
 // ---- The reduction ----------------------------------------------------------------------------
 
-// 1 / the denominator of a mean; 0 for an empty one, with which no row counts.
-double mean_scale(const DistillArgs& args) {
+// What a mean divides by; with 0 no row counts.
+double mean_denominator(const DistillArgs& args) {
   double denominator = 0;
   if (args.num_items != nullptr) {
     denominator = *args.num_items;
@@ -711,7 +696,7 @@ double mean_scale(const DistillArgs& args) {
       denominator += args.weights == nullptr ? 1 : args.weights[row];
     }
   }
-  return denominator == 0 ? 0 : 1 / denominator;
+  return denominator;
 }
 
 // body(row) for every row, shared out to the threads as they become free: ignored rows take no
@@ -728,14 +713,14 @@ void for_each_row(std::int64_t rows, std::int64_t columns, int threads, const Bo
 void distill_rows(const DistillArgs& args, int threads) {
   const Task task = make_task(args);
   const std::int64_t rows = args.batch * args.length;
-  const double scale = args.objective.mean ? mean_scale(args) : 1;
+  const double denominator = args.objective.mean ? mean_denominator(args) : 1;
   const bool per_row = args.student.dtype == DType::kFloat16;
-  std::fill_n(args.unscale, per_row ? rows : 1, scale == 0 ? 0.0f : 1.0f);
+  std::fill_n(args.unscale, per_row ? rows : 1, denominator == 0 ? 0.0f : 1.0f);
   for_each_row(rows, args.width, threads,
-               [&](std::int64_t row) { distill_row(args, task, scale, row); });
+               [&](std::int64_t row) { distill_row(args, task, denominator, row); });
   double sum = 0;
   for (std::int64_t row = 0; row < rows; ++row) sum += args.rows[row];
-  *args.loss = static_cast<float>(sum * scale);
+  *args.loss = denominator == 0 ? 0 : static_cast<float>(sum / denominator);
 }
 
 void scale_rows(const ScaleArgs& args, int threads) {

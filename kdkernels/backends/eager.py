@@ -4,6 +4,8 @@ Runs on any device in any floating dtype, in at least float32, and is differenti
 takes many passes over the logits; the other backends exist to take one.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -170,8 +172,11 @@ def log_mixture(log_a, log_b, weight):
     a_high = log_a >= log_b
     high, low = torch.where(a_high, log_a, log_b), torch.where(a_high, log_b, log_a)
     low_weight = torch.full_like(low, weight).masked_fill(a_high, 1 - weight)
-    mixed = high + torch.log1p(low_weight * torch.expm1(low - high))
-    return mixed.masked_fill(absent, -INF)
+    # Far apart the sum itself: 1 − w e^{…} would lose a small weight of the greater one.
+    far = low - high < -1
+    near = torch.log1p(low_weight * torch.expm1(torch.where(far, -1.0, low - high)))
+    sums = torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+    return torch.where(far, sums, high + near).masked_fill(absent, -INF)
 
 
 DIVERGENCE = {

@@ -32,6 +32,12 @@ BACKENDS = {
 }
 
 
+def check_name(source, name):
+    """`source` says where the name comes from: the keyword or the environment variable."""
+    if name is not None and name not in tuple(BACKENDS):
+        raise ValueError(f"unknown {source} {name!r}; known: {', '.join(BACKENDS)}")
+
+
 def resolve(device_type, dtype, requested=None):
     """The name of the backend for logits of `dtype` on `device_type` ("cpu", "cuda", …)."""
     source = "backend"
@@ -44,8 +50,7 @@ def resolve(device_type, dtype, requested=None):
                 device_type
             ):
                 return backend.name
-    if requested not in BACKENDS:
-        raise ValueError(f"unknown {source} {requested!r}; known: {', '.join(BACKENDS)}")
+    check_name(source, requested)
     backend = BACKENDS[requested]
     if backend.unavailable(device_type):
         states = (f"{b.name}: {b.unavailable(device_type) or 'usable'}" for b in BACKENDS.values())

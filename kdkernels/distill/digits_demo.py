@@ -13,7 +13,7 @@ from ..backends import registry
 from ..modules import KDLoss
 from . import checks, digits, report
 from .distiller import evaluate, predict
-from .files import atomic, load_logits, save_logits
+from .files import atomic, check_writable, load_logits, save_logits
 
 # The comparison that is reported in one line: fixed beforehand, because the best temperature of a
 # run would be chosen on the test images.
@@ -81,6 +81,8 @@ class Demo:
         if self.teacher_logits and self.teacher_logits.exists():
             shape = (digits.TRAINING, digits.CLASSES)
             self.teacher = digits.Teacher(load_logits(self.teacher_logits, shape))
+        elif self.teacher_logits:
+            check_writable(self.teacher_logits)
         self.train_split, self.test_split = digits.load()
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)

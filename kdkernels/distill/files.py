@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ def atomic(path):
         raise
 
 
+def check_writable(path):
+    """Raises OSError where `atomic` will, before the work whose result it is to hold."""
+    with contextlib.suppress(_Unwritten), atomic(path):
+        raise _Unwritten
+
+
+class _Unwritten(Exception):
+    pass
+
+
 def save_logits(path, logits):
     """Writes logits (N, ..., V), any float dtype of NumPy's, as a .npy file.
 
@@ -49,12 +60,16 @@ def load_logits(path, shape):
         ValueError: no .npy file or a pickled one, not floating point, another shape, or numbers
             that are not finite in float32.
     """
+    # Mapped, so that a header which claims more than there is allocates nothing; NumPy parses a
+    # damaged one with Python's own tokenizer, and passes its errors on.
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
         raise ValueError(f"teacher_logits must be a .npy file, got {path}: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"teacher_logits must be one .npy array, got the archive {path}")
+    if array.offset + array.nbytes != os.path.getsize(path):
+        raise ValueError(
+            f"teacher_logits must be a .npy file, got {path} with more after the array"
+        )
     if array.shape != tuple(shape) or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
             f"teacher_logits must be floating point of shape {tuple(shape)}, a row of logits for "

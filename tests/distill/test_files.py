@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdkernels.distill.files import atomic, load_logits, save_logits
+from kdkernels.distill.files import atomic, check_writable, load_logits, save_logits
 
 SHAPE = (4, 3)
 LOGITS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,13 @@ WRONG = {
     "truncated": (npy(LOGITS.numpy())[:-5], "must be a .npy file"),
     "pickle": (pickle.dumps(Opened()), "must be a .npy file"),
     "objects": (npy(np.array([[Opened()] * 3] * 4)), "must be a .npy file"),
-    "archive": (archive(), "must be one .npy array"),
+    "archive": (archive(), "must be a .npy file"),
+    "trailing": (npy(LOGITS.numpy()) + b"x", "must be a .npy file, .* more after the array"),
+    "half a header": (npy(LOGITS.numpy()).replace(b"}", b"("), "must be a .npy file"),
+    "claims terabytes": (
+        npy(LOGITS.numpy()).replace(b"(4, 3)", b"(4, 3000000000000)"),
+        "must be a .npy file",
+    ),
     "integers": (
         npy(np.zeros(SHAPE, int)),
         r"must be floating point .*, got int64 of shape \(4, 3\)",
@@ -83,3 +89,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["results"]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError):
+        check_writable(tmp_path / "file" / "t.npy")
+    check_writable(tmp_path / "new" / "t.npy")
+    assert os.listdir(tmp_path / "new") == []
