@@ -389,3 +389,17 @@ def test_infinite_weights_do_not_make_a_row_that_counts_vanish(backend):
         broken[1] = NAN
         loss, grad = run(broken, teacher, labels, backend=backend, **options)
         assert loss.isnan() and grad[1].isnan().all() and not grad[[0, 2, 3]].any()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_maxima_that_rise_past_what_a_float_holds(backend, dtype, temperature):
+    # e^-60 is a float where the sums begin; next to the last classes' maximum, e^-130, it is none.
+    # The rise is where blocks of columns that a kernel may take at once begin.
+    student, teacher = (torch.rand(2, 2, 2049) * -60).unbind()
+    student[:, 1536:] += torch.tensor([[70.0], [35.0]])
+    teacher[:, 1024:] += torch.tensor([[20.0], [70.0]])
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    labels = torch.tensor([3, 2000])
+    options = dict(temperature=temperature, reduction="none")
+    loss, grad = run(student, teacher, labels, backend=backend, **options)
+    assert_right(backend, loss, grad, student, teacher, labels, check_blind=False, **options)

@@ -34,6 +34,9 @@ KDK_FN std::uint32_t to_bits(float value) {
 
 KDK_FN float absolute(float x) { return from_bits(to_bits(x) & 0x7fffffffu); }
 
+// e^-87 is a normal float, and so is what is greater.
+constexpr float kUnderflowAt = 87.0f;
+
 struct TwoFloats {
   float hi;
   float lo;
@@ -76,7 +79,7 @@ static __device__ __forceinline__ float exp2_unit(float x) {
 
 // As on the host, below, but without kLow the exponent's argument is rounded: an error of 2^-24
 // |x| / T more.
-template <bool kLow>
+template <bool kLow, bool kUnderflow = true>
 static __device__ __forceinline__ float exp_of(float x, float x_lo, TwoFloats rate) {
   float y;
   if constexpr (kLow) {
@@ -98,8 +101,9 @@ static __device__ __forceinline__ float exp_of(float x, float x_lo, TwoFloats ra
 #else
 
 // e^{(x + x_lo) / T} for x <= 0, with rate = log2(e) / T in two floats: 2 ulp. Exactly 1 at 0,
-// exactly 0 at −inf and wherever the result would be subnormal; NaN stays NaN.
-template <bool kLow>
+// exactly 0 at −inf and wherever the result would be subnormal; NaN stays NaN. Without kUnderflow x
+// must be above −kUnderflowAt · T.
+template <bool kLow, bool kUnderflow = true>
 KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
   // Adding 1.5 · 2^23 rounds to an integer n; adding the exponent bias as well leaves n + 127 in
   // the low bits, which shifted into place are 2^n.
@@ -118,6 +122,7 @@ KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
   y = y * f + 6.9314720e-1f;
   y = y * f + 1.0f;
   y *= from_bits(to_bits(shifted) << 23);
+  if constexpr (!kUnderflow) return y;
   const std::uint32_t mask = shifted < 12582912.0f + 1.0f ? 0u : ~0u;
   return from_bits(to_bits(y) & mask);
 }

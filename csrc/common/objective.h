@@ -36,8 +36,9 @@ struct Element {
 
 // What a row asks of the arithmetic.
 enum class Care {
-  kFar,   // p and q differ by so much that no difference needs help: there is no element()
-  kNear,  // q − p and the terms by series where they cancel, differences in two floats each
+  kFarNormal,  // as kFar, and no exponential underflows
+  kFar,        // p and q differ by so much that no difference needs help: there is no element()
+  kNear,       // q − p and the terms by series where they cancel, differences in two floats each
 };
 
 KDK_FN Element element(float s, float t, float e_s, float e_t, RowFrame frame) {
@@ -133,40 +134,46 @@ KDK_FN float power(float e) {
   return (e * e) * (e * e);
 }
 
-// What one class adds to the sums, and how far it lies above the maxima.
+// What one class adds to the sums, and how far it lies above and below the maxima.
 struct Terms {
-  float z_s, z_t, gap, z_rest, above;
+  float z_s, z_t, gap, z_rest, above, below;
 };
 
 // kPower: e^s is that power of e^{s/T}; 0: it takes an exponential of its own.
-template <bool kDistill, bool kHard, int kPower>
+// Without kUnderflow no logit may be kUnderflowAt · min(T, 1) below the maximum: not checked here.
+template <bool kDistill, bool kHard, int kPower, bool kUnderflow>
 KDK_FN Terms terms_of(float s, float t, float max_s, float max_t, TwoFloats rate) {
   constexpr bool kLow = kHard;  // a confident row's loss is as exact as its smallest terms
   Terms terms{};
   const TwoFloats x = two_diff(s, max_s);
-  terms.above = x.hi;
+  terms.above = terms.below = x.hi;
   if constexpr (kDistill) {
     const float y = t - max_t;
     terms.above = y > x.hi ? y : x.hi;
-    const float e_t = exp_of(y, rate);
-    terms.z_s = exp_of<kLow>(x.hi, x.lo, rate);
+    terms.below = y < x.hi ? y : x.hi;
+    const float e_t = exp_of<false, kUnderflow>(y, 0.0f, rate);
+    terms.z_s = exp_of<kLow, kUnderflow>(x.hi, x.lo, rate);
     terms.z_t = e_t;
     // NaN where the student rules out a class whose e_t is merely too small for a float.
-    terms.gap = y > -kInfinity ? e_t * (x.hi - y) : 0.0f;
+    terms.gap = !kUnderflow || y > -kInfinity ? e_t * (x.hi - y) : 0.0f;
   }
   if constexpr (kHard) {
     if constexpr (kPower > 0) {
       terms.z_rest = power<kPower>(terms.z_s);
     } else {
-      terms.z_rest = exp_of<kLow>(x.hi, x.lo, kUnitRate);
+      terms.z_rest = exp_of<kLow, kUnderflow>(x.hi, x.lo, kUnitRate);
     }
   }
   return terms;
 }
 
 KDK_FN Terms operator+(Terms a, Terms b) {
-  return {a.z_s + b.z_s, a.z_t + b.z_t, a.gap + b.gap, a.z_rest + b.z_rest,
-          a.above > b.above ? a.above : b.above};
+  return {a.z_s + b.z_s,
+          a.z_t + b.z_t,
+          a.gap + b.gap,
+          a.z_rest + b.z_rest,
+          a.above > b.above ? a.above : b.above,
+          a.below < b.below ? a.below : b.below};
 }
 
 // The gradient's constants, rounded once.
@@ -185,14 +192,15 @@ struct Visit {
 
 template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare>
 KDK_FN Visit visit(float s, float t, RowFrame frame, GradientFrame g, float w_p, float w_q) {
+  constexpr bool kUnderflow = kCare != Care::kFarNormal;
   Visit at{};
   const float x = s - frame.max_s;
   float e_s = 0;
   at.part = kHard ? -g.smoothing : 0.0f;
   if constexpr (kDistill) {
-    e_s = exp_of(x, frame.rate);
-    const float e_t = exp_of(t - frame.max_t, frame.rate);
-    if constexpr (kCare == Care::kFar) {
+    e_s = exp_of<false, kUnderflow>(x, 0.0f, frame.rate);
+    const float e_t = exp_of<false, kUnderflow>(t - frame.max_t, 0.0f, frame.rate);
+    if constexpr (kCare != Care::kNear) {
       at.part = (g.student * e_s + at.part) - g.teacher * e_t;
     } else {
       const Element c = element(s, t, e_s, e_t, frame);
@@ -212,7 +220,7 @@ KDK_FN Visit visit(float s, float t, RowFrame frame, GradientFrame g, float w_p,
     if constexpr (kPower > 0) {
       e = power<kPower>(e_s);
     } else {
-      e = exp_of(x, kUnitRate);
+      e = exp_of<false, kUnderflow>(x, 0.0f, kUnitRate);
     }
     at.part += g.hard * e;
   }

@@ -118,6 +118,7 @@ struct Task {
   double temperature;
   double label_smoothing;
   TwoFloats rate;  // log2(e) / T
+  float lowest;    // below this difference from a maximum an exponential underflows
   int power;       // T where that is 1, 2, 3 or 4, else 0
 };
 
@@ -153,12 +154,16 @@ struct Statistics {
   double z_rest = 0;            // Σ_{j≠y} e^{s_j − max_s}
   double x_label = -kInfinity;  // s_y − max_s
   double offset = 0;            // Σ (s − max_s), where labels are smoothed
+  bool normal = true;           // no exponential of these underflows: see Task::lowest
+  float below = 0;              // the smallest of s − max_s and t − max_t, while normal
 
   double z_hard() const { return z_rest + std::exp(x_label); }
 };
 
 // What differences are taken from: the maximum, or 0 while everything is −inf.
 float anchor(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
+
+float tile_min(const float* x, std::int64_t n) { return *std::min_element(x, x + n); }
 
 float tile_max(const float* x, std::int64_t n) {
   float lanes[kLanes];
@@ -171,18 +176,19 @@ float tile_max(const float* x, std::int64_t n) {
                            lanes + kLanes);  // a NaN is never the greater one: the sums find it
 }
 
-// Adds a tile to the sums, or returns false where it holds a logit above the maxima so far.
-template <bool kDistill, bool kHard, int kPower>
+// Adds a tile to the sums, or returns false where it holds a logit above the maxima so far or,
+// without kUnderflow, too far below them.
+template <bool kDistill, bool kHard, int kPower, bool kUnderflow>
 bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
   const TwoFloats rate = task.rate;
   const float max_s = anchor(sums.max_s), max_t = anchor(sums.max_t);
   const auto at = [&](std::int64_t i) {
-    return terms_of<kDistill, kHard, kPower>(s[i], t[i], max_s, max_t, rate);
+    return terms_of<kDistill, kHard, kPower, kUnderflow>(s[i], t[i], max_s, max_t, rate);
   };
-  float z_s = 0, z_t = 0, gap = 0, z_rest = 0, above = 0;
+  float z_s = 0, z_t = 0, gap = 0, z_rest = 0, above = 0, below = sums.below;
   // Four columns a turn: a quarter of the additions in a row, and of their error among equal terms.
   const std::int64_t part = n / 4;
-#pragma omp simd reduction(+ : z_s, z_t, gap, z_rest) reduction(max : above)
+#pragma omp simd reduction(+ : z_s, z_t, gap, z_rest) reduction(max : above) reduction(min : below)
   for (std::int64_t i = 0; i < part; ++i) {
     const Terms terms = (at(i) + at(i + part)) + (at(i + 2 * part) + at(i + 3 * part));
     z_s += terms.z_s;
@@ -190,29 +196,32 @@ bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, 
     gap += terms.gap;
     z_rest += terms.z_rest;
     above = terms.above > above ? terms.above : above;
+    if constexpr (!kUnderflow) below = terms.below < below ? terms.below : below;
   }
-  if (above > 0) return false;
+  if (above > 0 || (!kUnderflow && below < task.lowest)) return false;
   sums.z_s += z_s;
   sums.z_t += z_t;
   sums.gap += gap;
   sums.z_rest += z_rest;
+  sums.below = below;
   return true;
 }
 
+template <bool kUnderflow>
 bool add_tile(const Task& task, const float* s, const float* t, std::int64_t n, Statistics& sums) {
-  if (!task.hard) return add_tile<true, false, 0>(task, s, t, n, sums);
-  if (!task.distill) return add_tile<false, true, 0>(task, s, t, n, sums);
+  if (!task.hard) return add_tile<true, false, 0, kUnderflow>(task, s, t, n, sums);
+  if (!task.distill) return add_tile<false, true, 0, kUnderflow>(task, s, t, n, sums);
   switch (task.power) {
     case 1:
-      return add_tile<true, true, 1>(task, s, t, n, sums);
+      return add_tile<true, true, 1, kUnderflow>(task, s, t, n, sums);
     case 2:
-      return add_tile<true, true, 2>(task, s, t, n, sums);
+      return add_tile<true, true, 2, kUnderflow>(task, s, t, n, sums);
     case 3:
-      return add_tile<true, true, 3>(task, s, t, n, sums);
+      return add_tile<true, true, 3, kUnderflow>(task, s, t, n, sums);
     case 4:
-      return add_tile<true, true, 4>(task, s, t, n, sums);
+      return add_tile<true, true, 4, kUnderflow>(task, s, t, n, sums);
     default:
-      return add_tile<true, true, 0>(task, s, t, n, sums);
+      return add_tile<true, true, 0, kUnderflow>(task, s, t, n, sums);
   }
 }
 
@@ -250,6 +259,7 @@ void raise_maxima(const Task& task, float max_s, float max_t, std::int64_t done,
     sums.x_label += d_s;
     sums.offset += static_cast<double>(done) * d_s;
   }
+  sums.below += static_cast<float>(std::min(d_s, d_t));
   sums.max_s = std::max(sums.max_s, max_s);
   sums.max_t = std::max(sums.max_t, max_t);
 }
@@ -270,6 +280,17 @@ Statistics statistics(const Task& task) {
     // Elsewhere the maxima so far are taken to hold for this tile too: they mostly do.
     if (std::min(sums.max_s, sums.max_t) == -kInfinity || has_label || smoothed) raise();
     if (smoothed) add_offset(s, n, sums);
+    const bool whole = !has_label && padded == n;
+    if (whole && sums.normal) {
+      if (add_tile<false>(task, s, t, n, sums)) return;
+      raise();
+      if (add_tile<false>(task, s, t, n, sums)) return;
+    }
+    // Here the padding, the label's place or a logit far below the maximum has no exponential.
+    if (sums.normal) {
+      sums.below = std::min(
+          {sums.below, tile_min(s, n) - anchor(sums.max_s), tile_min(t, n) - anchor(sums.max_t)});
+    }
     if (has_label) {
       // The label's column is taken out of the vector sums and added in double.
       add_label(task, s[label], t[label], sums);
@@ -278,10 +299,13 @@ Statistics statistics(const Task& task) {
       buffer_s[label] = -kInfinity;
       if (task.distill) buffer_t[label] = -kInfinity;
     }
-    if (add_tile(task, s, t, padded, sums)) return;
-    raise();
-    add_tile(task, s, t, padded, sums);
+    if (!add_tile<true>(task, s, t, padded, sums)) {
+      raise();
+      add_tile<true>(task, s, t, padded, sums);
+    }
+    sums.normal &= sums.below >= task.lowest;
   });
+  sums.normal &= sums.below >= task.lowest;
   return sums;
 }
 
@@ -541,8 +565,11 @@ double divergence(const Task& task, const Statistics& sums, const GradientTask* 
     case Divergence::kForwardKL:
       if (!far) return divergence<Divergence::kForwardKL, kCare>(task, sums, log_ratio, grad);
       if (grad != nullptr) {
-        gradient_sweep<Divergence::kForwardKL, true, Care::kFar, false>(
-            task, sums, make_frame(task, sums, log_ratio), 0, *grad, true);
+        const RowFrame row = make_frame(task, sums, log_ratio);
+        sums.normal ? gradient_sweep<Divergence::kForwardKL, true, Care::kFarNormal, false>(
+                          task, sums, row, 0, *grad, true)
+                    : gradient_sweep<Divergence::kForwardKL, true, Care::kFar, false>(
+                          task, sums, row, 0, *grad, true);
       }
       return kl;
     case Divergence::kReverseKL:
@@ -613,6 +640,8 @@ Task make_task(const DistillArgs& args) {
   task.temperature = objective.temperature;
   task.label_smoothing = objective.label_smoothing;
   task.rate = split(kLog2E / objective.temperature);
+  // The student's e^s has a temperature of its own where it is no power of e^{s/T}.
+  task.lowest = -kUnderflowAt * static_cast<float>(std::min(1.0, objective.temperature));
   for (int power = 1; power <= 4; ++power) {
     if (objective.temperature == power) task.power = power;
   }
