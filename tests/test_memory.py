@@ -175,6 +175,7 @@ def test_peak_beyond_inputs_and_gradient(compiled, dtype, inplace):
 
 UNTOUCHABLE = """
 import ctypes, mmap, sys
+import conftest  # for the backends that the tests bring
 import torch
 from kdkernels import kd_loss
 
@@ -282,7 +283,7 @@ def untouched(backend, dtypes, scenarios):
     jobs = [f"{str(dtype).removeprefix('torch.')}:{name}" for dtype in dtypes for name in scenarios]
     result = subprocess.run(
         [sys.executable, "-c", UNTOUCHABLE, backend, *jobs],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,
         timeout=120,

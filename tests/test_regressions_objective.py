@@ -2,6 +2,7 @@
 
 import math
 
+import cuda_on_cpu
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,8 @@ def test_regression_67_68_large_common_offset(backend):
 
 def test_regression_70_sum_over_many_rows(backend):
     """Liger#300: a float32 sum of as many losses loses what a float64 one keeps."""
+    if backend == cuda_on_cpu.NAME:
+        pytest.skip(cuda_on_cpu.TOO_SLOW)
     student, teacher, labels = problem(200_000, 2)
     rows = kd_loss(student, teacher, labels, reduction="none", backend=backend)
     total = kd_loss(student, teacher, labels, reduction="sum", backend=backend)

@@ -311,14 +311,6 @@ Statistics statistics(const Task& task) {
 
 // ---- The ratio of the normalisers -------------------------------------------------------------
 
-// From this KL on, in units of 1 + |log(z_s / z_t)|, the forward KL that the statistics give is
-// exact enough (relative error below 1e-5 at every instruction-set level), and the gradient without
-// series.
-constexpr double kFarKL = 1.0 / 12;
-// Below this KL the two distributions differ too little for a difference of their rounded
-// normalisers.
-constexpr double kNearKL = 1e-3;
-
 RowFrame make_frame(const Task& task, const Statistics& sums, double log_ratio) {
   RowFrame frame;
   frame.max_s = sums.max_s;
