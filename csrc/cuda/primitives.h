@@ -99,22 +99,27 @@ struct Barrier {
   std::uint64_t state;
 };
 
-#if KDK_HAS_CLUSTERS
+// GPUs before compute capability 9.0 have none: there Plan::stages is 0 and they are not called.
 
 KDK_DEVICE void barrier_init(Barrier* barrier) {
+#if KDK_HAS_CLUSTERS
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 
 // Arrives, and makes the phase wait for that many bytes as well.
 KDK_DEVICE void barrier_expect(Barrier* barrier, std::uint32_t bytes) {
+#if KDK_HAS_CLUSTERS
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
+#endif
 }
 
 KDK_DEVICE void barrier_wait(Barrier* barrier, int parity) {
+#if KDK_HAS_CLUSTERS
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -124,31 +129,42 @@ KDK_DEVICE void barrier_wait(Barrier* barrier, int parity) {
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+#endif
 }
 
 KDK_DEVICE void bulk_load(void* shared, const void* global, std::uint32_t bytes, Barrier* barrier) {
+#if KDK_HAS_CLUSTERS
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(shared)),
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
+#endif
 }
 
 KDK_DEVICE void bulk_store(void* global, const void* shared, std::uint32_t bytes) {
+#if KDK_HAS_CLUSTERS
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
                    __cvta_generic_to_global(global)),
                "r"(shared_address(shared)), "r"(bytes)
                : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
 }
 
 // Until this thread's bulk stores have read their shared memory.
-KDK_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+KDK_DEVICE void bulk_wait_read() {
+#if KDK_HAS_CLUSTERS
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
 
 // Before a barrier after which a bulk copy reads, or overwrites, what this thread wrote or read.
-KDK_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
+KDK_DEVICE void fence_async() {
+#if KDK_HAS_CLUSTERS
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+}
 
 }  // namespace gpu
 }  // namespace kdk
