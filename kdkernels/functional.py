@@ -128,10 +128,10 @@ def kd_loss(
         labels, token_weights = _shift(student, labels, token_weights, ignore_index)
     if inplace and student.requires_grad and torch.is_grad_enabled():
         checks.overwritable(student, teacher)
-        if labels is not None and student.device.type == "cpu":
-            ops.check_labels(labels, ignore_index, vocab_size)  # an error leaves the logits alone
         inplace = not torch.compiler.is_compiling()
         if inplace:
+            if labels is not None and student.device.type == "cpu":
+                ops.check_labels(labels, ignore_index, vocab_size)  # while the logits still live
             student = autograd.give_up(student)
     else:
         inplace = False

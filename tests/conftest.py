@@ -27,9 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAN, INF = float("nan"), float("inf")
 
-CUDA_ON_CPU = cuda_on_cpu.build()
-if CUDA_ON_CPU is not None:
-    cuda_on_cpu.register(CUDA_ON_CPU)
+cuda_on_cpu.register()
 
 EXACT_EAGER = ("eager", torch.float64)
 UNAVAILABLE = {name: backend.unavailable("cpu") for name, backend in BACKENDS.items()}

@@ -1,8 +1,8 @@
 """The backend "cuda_on_cpu": the CUDA kernels of csrc/cuda, run on CPU tensors by csrc/tests.
 
-For tests only, and built by them, into build/cuda-on-cpu. It imitates a device whose blocks are so
-small that short rows already take several of them, with two rows, one row or none in shared memory,
-by the number of columns.
+For tests only, and built by them, into build/cuda-on-cpu-*. It imitates a device whose blocks are
+so small that short rows already take several of them, with two rows, one row or none in shared
+memory, by the number of columns.
 """
 
 import importlib.util
@@ -20,93 +20,55 @@ from kdkernels.backends import native
 from kdkernels.backends.registry import BACKENDS, Backend
 
 NAME = "cuda_on_cpu"
-TOO_SLOW = "a hundred thousand rows take minutes there"
-SHARED_BYTES, CLUSTER_BLOCKS = 8192, 4
+SHARED_BYTES, CLUSTER_BLOCKS, SCHEDULE = 8192, 4, 0
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "cuda-on-cpu"
+BUILD = ROOT / "build" / f"cuda-on-cpu-{sys.implementation.cache_tag}"
+SETTINGS = [
+    "-DKDK_BUILD_PYTHON=OFF",
+    "-DKDK_CUDA_ON_CPU=ON",
+    "-DCMAKE_BUILD_TYPE=Release",
+    f"-DPython_EXECUTABLE={sys.executable}",
+    f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+]
 
 
 def build():
-    """Compiles the module, or what of it changed -> the module; None where nothing can compile."""
+    """Compiles the module, or what of it changed -> (module, None), or (None, why it cannot)."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     tools = ("cmake", "ninja", os.environ.get("CXX", "c++"))
-    if not all(shutil.which(tool, path=path) for tool in tools):
-        return None
-    settings = [
-        "-DKDK_BUILD_PYTHON=OFF",
-        "-DKDK_CUDA_ON_CPU=ON",
-        "-DCMAKE_BUILD_TYPE=Release",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]
-    environment = {**os.environ, "PATH": path}
-    for command in (
-        ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *settings],
-        ["cmake", "--build", BUILD, "--target", "_cuda_on_cpu"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(
-                f"csrc/tests/cuda_on_cpu does not build:\n{done.stdout}{done.stderr}"
-            )
-    (file,) = BUILD.glob("_cuda_on_cpu*.so")
+    missing = [tool for tool in tools if shutil.which(tool, path=path) is None]
+    if missing:
+        return None, f"cannot compile here, missing: {', '.join(missing)}"
+    # Configured once; from then on the build itself sees whether that has to happen again.
+    if not (BUILD / "build.ninja").exists():
+        _run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *SETTINGS], path)
+    _run(["cmake", "--build", BUILD, "--target", "_cuda_on_cpu"], path)
+    file = BUILD / f"_cuda_on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location("_cuda_on_cpu", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return module, None
 
 
-def register(module):
-    """Registers the row operators of `module`, the compiled csrc/tests/cuda_on_cpu."""
+def _run(command, path):
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{NAME} does not build:\n{done.stdout}{done.stderr}")
 
-    def compute(student, teacher, labels, weights, num_items, grad, want_terms, options):
-        losses = ops.new_losses(student)
-        bad_label = module.distill_rows(
-            native._sizes(student),
-            native._rows(student),
-            native._rows(teacher),
-            None if grad is None else native._rows(grad),
-            tuple(map(native._pointer, (labels, weights, num_items))),
-            tuple(map(native._pointer, losses)),
-            want_terms,
-            options,
-            SHARED_BYTES,
-            CLUSTER_BLOCKS,
-            0,
+
+def register():
+    """Adds the backend to those of the package; unavailable, with the reason, where it must be."""
+    module, reason = build()
+    if module is not None:
+        operators = native.operators(
+            lambda *args: module.distill_rows(*args, SHARED_BYTES, CLUSTER_BLOCKS, SCHEDULE),
+            module.scale_rows,
         )
-        if bad_label >= 0:
-            *_, ignore_index, vocab_size, _ = options
-            raise IndexError(ops.bad_label_message(labels, bad_label, ignore_index, vocab_size))
-        return losses
-
-    def distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
-        grad = ops.new_grad(student, want_grad)
-        written = grad if want_grad else None
-        inputs = student, teacher, labels, weights, num_items
-        return *compute(*inputs, written, terms, options), grad
-
-    def distill_rows_(student, teacher, labels, weights, num_items, terms, *options):
-        inputs = student, teacher, labels, weights, num_items
-        return compute(*inputs, student, terms, options)
-
-    def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
-        module.scale_rows(
-            native._sizes(grad),
-            native._rows(grad),
-            upstream.data_ptr(),
-            upstream.numel() > 1,
-            tuple(map(native._pointer, (labels, weights, unscale))),
-            ignore_index,
-            vocab_size,
-        )
-
-    operators = dict(
-        distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_
-    )
-    ops.register(NAME, "CPU", **operators)
+        ops.register(NAME, "CPU", **operators)
     BACKENDS[NAME] = Backend(
         NAME,
-        lambda device_type: None if device_type == "cpu" else "runs on CPU tensors",
+        lambda device_type: reason if device_type == "cpu" else "it runs on CPU tensors",
         takes_float64=False,
     )

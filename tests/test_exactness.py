@@ -354,8 +354,6 @@ FAR_BARS = {"forward_kl": 1e-5, "jsd": 5e-6}  # N2, N3; the others have N3's 2e-
 @pytest.mark.parametrize("v", [17, 1000, 4097, 32000])  # a tail; the domain's smallest; tiles; real
 @pytest.mark.parametrize("divergence", NAMES)
 def test_n2_n3_rows_far_apart(backend, divergence, v):
-    if backend == "eager" and v == 32000:
-        pytest.skip("as at V = 4097")
     for temperature in (1.0, 2.0, 1024.0):
         options = dict(divergence=divergence, temperature=temperature)
         for name, student, teacher in far_pairs(v, temperature):
@@ -540,6 +538,7 @@ def test_n10_reduction_over_many_rows(backend):
     # 2^12 rows again and again: 2^22 in little memory, where a running sum in float32 keeps two
     # digits. (The bar goes to 2^24, which takes half a minute.) Eager adds up in the same place
     # and would need gigabytes for its temporaries.
+    # The emulated GPU takes a tenth of a millisecond for a row.
     times = {"eager": 2**6, cuda_on_cpu.NAME: 2}.get(backend, 2**10)
     student, teacher, _ = realistic(2**12, 2)
     exact = rows_of(backend, student, teacher).double().mean().item()

@@ -24,6 +24,25 @@ struct Objective {
   bool want_terms;
 };
 
+// The weights of the mixture m = teacher · p + student · q, for the divergences that have one.
+struct Mixture {
+  double teacher, student;
+};
+
+KDK_FN Mixture mixture_of(const Objective& objective) {
+  const double beta = objective.beta;
+  if (objective.divergence == Divergence::kSkewReverseKL) return {1 - beta, beta};
+  return {beta, 1 - beta};
+}
+
+// T where e^s is that power of e^{s/T} by a few products, see power(); else 0.
+KDK_FN int small_power(double temperature) {
+  for (int power = 1; power <= 4; ++power) {
+    if (temperature == power) return power;
+  }
+  return 0;
+}
+
 struct DistillArgs {
   std::int64_t batch, length;  // B, L
   std::int64_t width;          // V_s: columns of student and gradient, padding included

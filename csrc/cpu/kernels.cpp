@@ -2,7 +2,7 @@
 //
 //   p = softmax(t/T), q = softmax(s/T)
 //   row loss = distill_weight · D(p, q) + hard_weight · CE(s, y)
-//   gradient = weight · scale · ∂(row loss)/∂s
+//   gradient = weight / denominator · ∂(row loss)/∂s
 //
 // Fused are both softmaxes at T, the student's softmax at T = 1, the divergence, the cross-entropy
 // and their gradients. From memory come student and teacher, once each, and the gradient goes there
@@ -172,8 +172,8 @@ float tile_max(const float* x, std::int64_t n) {
 #pragma omp simd
     for (std::int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
   }
-  return *std::max_element(lanes,
-                           lanes + kLanes);  // a NaN is never the greater one: the sums find it
+  // A NaN is never the greater one: the sums find it.
+  return *std::max_element(lanes, lanes + kLanes);
 }
 
 // Adds a tile to the sums, or returns false where it holds a logit above the maxima so far or,
@@ -626,17 +626,15 @@ Task make_task(const DistillArgs& args) {
   task.distill = objective.distill_weight != 0;
   task.hard = objective.hard_weight != 0;
   task.divergence = objective.divergence;
-  const bool reverse = objective.divergence == Divergence::kSkewReverseKL;
-  task.w_p = static_cast<float>(reverse ? 1 - objective.beta : objective.beta);
-  task.w_q = static_cast<float>(reverse ? objective.beta : 1 - objective.beta);
+  const Mixture mixture = mixture_of(objective);
+  task.w_p = static_cast<float>(mixture.teacher);
+  task.w_q = static_cast<float>(mixture.student);
   task.temperature = objective.temperature;
   task.label_smoothing = objective.label_smoothing;
   task.rate = split(kLog2E / objective.temperature);
   // The student's e^s has a temperature of its own where it is no power of e^{s/T}.
   task.lowest = -kUnderflowAt * static_cast<float>(std::min(1.0, objective.temperature));
-  for (int power = 1; power <= 4; ++power) {
-    if (objective.temperature == power) task.power = power;
-  }
+  task.power = small_power(objective.temperature);
   return task;
 }
 

@@ -12,7 +12,6 @@
 #define KDK_DEVICE static __device__ __forceinline__
 #define KDK_DEVICE_METHOD __device__ __forceinline__
 #define KDK_UNROLL _Pragma("unroll")
-#define KDK_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 
 namespace kdk {
 namespace gpu {

@@ -30,10 +30,10 @@ struct RowTask {
   float* unscale;           // see DistillArgs
   std::int64_t* bad_label;  // 1 + a row whose label is out of range; only ever written
   std::int64_t ignore_index;
-  bool distill, hard, want_terms, smoothed;
+  bool distill, hard, want_terms;
   int power;  // T where that is 1, 2, 3 or 4, else 0
   float w_p, w_q;
-  TwoFloats rate, temperature, columns_pair;
+  TwoFloats rate, temperature;
   float inv_temperature;
   TwoFloats grad_distill, grad_hard;  // distill_weight / T, hard_weight
   float distill_weight, hard_weight, distill_scale;
@@ -62,16 +62,12 @@ inline RowTask make_row_task(const DistillArgs& args, const Plan& plan) {
   task.distill = objective.distill_weight != 0;
   task.hard = objective.hard_weight != 0;
   task.want_terms = objective.want_terms;
-  task.smoothed = objective.label_smoothing > 0;
-  for (int power = 1; power <= 4; ++power) {
-    if (objective.temperature == power) task.power = power;
-  }
-  const bool reverse = objective.divergence == Divergence::kSkewReverseKL;
-  task.w_p = static_cast<float>(reverse ? 1 - objective.beta : objective.beta);
-  task.w_q = static_cast<float>(reverse ? objective.beta : 1 - objective.beta);
+  task.power = small_power(objective.temperature);
+  const Mixture mixture = mixture_of(objective);
+  task.w_p = static_cast<float>(mixture.teacher);
+  task.w_q = static_cast<float>(mixture.student);
   task.rate = split(kLog2E / objective.temperature);
   task.temperature = split(objective.temperature);
-  task.columns_pair = split(columns);
   task.inv_temperature = static_cast<float>(1 / objective.temperature);
   task.grad_distill = split(objective.distill_weight / objective.temperature);
   task.grad_hard = split(objective.hard_weight);

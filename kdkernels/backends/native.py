@@ -46,54 +46,56 @@ def _pointer(x):
     return 0 if x is None else x.data_ptr()
 
 
-def _distill(student, teacher, labels, weights, num_items, grad, want_terms, options):
-    losses = ops.new_losses(student)
-    bad_label = _C.distill_rows_cpu(
-        _sizes(student),
-        _rows(student),
-        _rows(teacher),
-        None if grad is None else _rows(grad),
-        tuple(map(_pointer, (labels, weights, num_items))),
-        tuple(map(_pointer, losses)),
-        want_terms,
-        options,
-        torch.get_num_threads(),
-    )
-    if bad_label >= 0:
-        *_, ignore_index, vocab_size, _ = options
-        raise IndexError(ops.bad_label_message(labels, bad_label, ignore_index, vocab_size))
-    return losses
+def operators(distill, scale):
+    """The row operators of `ops.SCHEMAS` over two compiled functions that take addresses.
 
+    `distill` and `scale` take what csrc/bind_args.h turns into C++; `distill` returns the first row
+    whose label is out of range, or -1.
+    """
 
-def distill_rows(student, teacher, labels, weights, num_items, want_terms, want_grad, *options):
-    grad = ops.new_grad(student, want_grad)
-    written = grad if want_grad else None
-    losses = _distill(student, teacher, labels, weights, num_items, written, want_terms, options)
-    return *losses, grad
+    def compute(student, teacher, labels, weights, num_items, grad, want_terms, options):
+        losses = ops.new_losses(student)
+        bad_label = distill(
+            _sizes(student),
+            _rows(student),
+            _rows(teacher),
+            None if grad is None else _rows(grad),
+            tuple(map(_pointer, (labels, weights, num_items))),
+            tuple(map(_pointer, losses)),
+            want_terms,
+            options,
+        )
+        if bad_label >= 0:
+            *_, ignore_index, vocab_size, _ = options
+            raise IndexError(ops.bad_label_message(labels, bad_label, ignore_index, vocab_size))
+        return losses
 
+    def distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
+        grad = ops.new_grad(student, want_grad)
+        inputs = student, teacher, labels, weights, num_items
+        return *compute(*inputs, grad if want_grad else None, terms, options), grad
 
-def distill_rows_(student, teacher, labels, weights, num_items, want_terms, *options):
-    return _distill(student, teacher, labels, weights, num_items, student, want_terms, options)
+    def distill_rows_(student, teacher, labels, weights, num_items, terms, *options):
+        inputs = student, teacher, labels, weights, num_items
+        return compute(*inputs, student, terms, options)
 
+    def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
+        scale(
+            _sizes(grad),
+            _rows(grad),
+            upstream.data_ptr(),
+            upstream.numel() > 1,
+            tuple(map(_pointer, (labels, weights, unscale))),
+            ignore_index,
+            vocab_size,
+        )
 
-def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
-    _C.scale_rows_cpu(
-        _sizes(grad),
-        _rows(grad),
-        upstream.data_ptr(),
-        upstream.numel() > 1,
-        tuple(map(_pointer, (labels, weights, unscale))),
-        ignore_index,
-        vocab_size,
-        torch.get_num_threads(),
-    )
+    return dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
 
 
 if _C is not None:
-    ops.register(
-        "native",
-        "CPU",
-        distill_rows=distill_rows,
-        distill_rows_=distill_rows_,
-        scale_rows_=scale_rows_,
+    on_cpu = operators(
+        lambda *args: _C.distill_rows_cpu(*args, torch.get_num_threads()),
+        lambda *args: _C.scale_rows_cpu(*args, torch.get_num_threads()),
     )
+    ops.register("native", "CPU", **on_cpu)

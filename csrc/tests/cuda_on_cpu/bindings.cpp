@@ -10,7 +10,7 @@ namespace {
 
 using namespace kdk::gpu;
 
-constexpr int kThreads = 64;
+constexpr int kThreads = 64;  // of the kernels over rows
 
 template <kdk::Divergence kDivergence>
 void run(const RowTask& task) {
@@ -37,7 +37,7 @@ void run(const RowTask& task, kdk::Divergence divergence) {
   }
 }
 
-// `stages`: at most so many; fewer threads than on a GPU, of which each takes longer here.
+// `seed` is that of the schedule.
 std::int64_t distill_rows_on_cpu(const kdk::PySizes& sizes, const kdk::PyRows& student,
                                  const kdk::PyRows& teacher, const std::optional<kdk::PyRows>& grad,
                                  const kdk::PyPointers& inputs, const kdk::PyPointers& outputs,
@@ -47,7 +47,7 @@ std::int64_t distill_rows_on_cpu(const kdk::PySizes& sizes, const kdk::PyRows& s
       kdk::distill_args(sizes, student, teacher, grad, inputs, outputs, want_terms, options);
   const std::int64_t rows = args.batch * args.length;
   Plan plan = make_plan(args, {shared_bytes, cluster_blocks, 8});
-  plan.threads = kThreads;
+  plan.threads = plan.slice <= 256 ? 32 : 64;  // each of them a fiber
   float mean[3];
   std::int64_t bad_label = 0;
   RowTask task = make_row_task(args, plan);

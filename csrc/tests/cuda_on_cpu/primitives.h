@@ -9,7 +9,6 @@
 #define KDK_DEVICE static inline
 #define KDK_DEVICE_METHOD inline
 #define KDK_UNROLL
-#define KDK_KERNEL(threads) inline void
 #define KDK_HAS_CLUSTERS 1
 
 namespace kdk {

@@ -1,21 +1,12 @@
-// Fibers, their scheduler and the checks of every primitive.
-//
-// A fiber is made once with makecontext and from then on entered and left with _setjmp and
-// _longjmp, which do without the system calls of swapcontext. It runs one thread of one cluster
-// after the other and is kept for the launches to come.
+// The scheduler of a cluster's threads, and the checks of every primitive. A fiber (fibers.h) runs
+// one thread of one cluster after the other and is kept for the launches to come.
 //
 // After the first failure every thread that has started is resumed once more, throws Abandoned
 // where it waited and so leaves the kernel by unwinding its stack. Nothing is left behind on it.
 
-// The checked longjmp refuses to change stacks.
-#undef _FORTIFY_SOURCE
+#undef _FORTIFY_SOURCE  // see fibers.h
 
 #include "tests/cuda_on_cpu/runtime.h"
-
-#include <setjmp.h>
-#include <sys/mman.h>
-#include <ucontext.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -29,9 +20,7 @@
 #include <utility>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "tests/cuda_on_cpu/fibers.h"
 
 namespace kdk::gpu {
 namespace {
@@ -44,129 +33,13 @@ constexpr std::size_t kCopyUnit = 16;
 // All ones is NaN in float32, float16 and bfloat16.
 constexpr int kPoison = 0xFF;
 constexpr int kCanary = 0xA5;
-// Frames under AddressSanitizer, and its reports, are larger. There the heap block of the shared
-// memory has to end where the shared memory ends, and needs no canary.
+// Under AddressSanitizer the heap block of the shared memory has to end where the shared memory
+// ends, and needs no canary.
 #ifdef __SANITIZE_ADDRESS__
-constexpr std::size_t kStackBytes = 256 << 10;
 constexpr std::size_t kCanaryBytes = 0;
 #else
-constexpr std::size_t kStackBytes = 64 << 10;
 constexpr std::size_t kCanaryBytes = 256;
 #endif
-
-// ---- Fibers -----------------------------------------------------------------------------------
-
-void jump(const ucontext_t& to) { setcontext(&to); }
-
-// The longjmp of AddressSanitizer forgets the red zones of the stack that it leaves, and
-// swapcontext those of the one that it enters.
-#ifdef __SANITIZE_ADDRESS__
-using Registers = ucontext_t;
-#else
-struct Registers {
-  jmp_buf buffer;
-};
-
-void jump(Registers& to) { _longjmp(to.buffer, 1); }
-#endif
-
-// Returns when something jumps to `from`.
-template <typename Target>
-void switch_registers(Registers& from, Target& to) {
-#ifdef __SANITIZE_ADDRESS__
-  volatile bool left = false;
-  getcontext(&from);
-  if (left) return;
-  left = true;
-  jump(to);
-#else
-  if (_setjmp(from.buffer) == 0) jump(to);
-#endif
-}
-
-struct Context {
-  Registers registers;
-  const void* stack = nullptr;
-  std::size_t stack_bytes = 0;
-  void* fake_stack = nullptr;
-};
-
-void announce_switch([[maybe_unused]] Context& from, [[maybe_unused]] const Context& to) {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
-#endif
-}
-
-void confirm_switch([[maybe_unused]] const Context& to) {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(to.fake_stack, nullptr, nullptr);
-#endif
-}
-
-void switch_context(Context& from, Context& to) {
-  announce_switch(from, to);
-  switch_registers(from.registers, to.registers);
-  confirm_switch(from);
-}
-
-// A stack with a page below it that may not be touched.
-class Stack {
- public:
-  Stack() : guard_bytes_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))) {
-    base_ = mmap(nullptr, guard_bytes_ + kStackBytes, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
-    if (base_ == MAP_FAILED) throw std::bad_alloc();
-    mprotect(base_, guard_bytes_, PROT_NONE);
-  }
-  ~Stack() { munmap(base_, guard_bytes_ + kStackBytes); }
-  Stack(const Stack&) = delete;
-  Stack& operator=(const Stack&) = delete;
-
-  void* bottom() const { return static_cast<char*>(base_) + guard_bytes_; }
-
- private:
-  std::size_t guard_bytes_;
-  void* base_;
-};
-
-// Runs body(), which never returns, on its own stack. Constructed, it waits to be entered.
-class Fiber {
- public:
-  Fiber(Context& creator, void (*body)()) : creator_(creator), body_(body) {
-    context.stack = stack_.bottom();
-    context.stack_bytes = kStackBytes;
-    ucontext_t start;
-    getcontext(&start);
-    start.uc_stack.ss_sp = stack_.bottom();
-    start.uc_stack.ss_size = kStackBytes;
-    start.uc_link = nullptr;
-    makecontext(&start, &Fiber::enter, 0);
-    newborn = this;
-    announce_switch(creator_, context);
-    switch_registers(creator_.registers, start);
-    confirm_switch(creator_);
-  }
-
-  Context context;
-
- private:
-  static void enter() {
-    Fiber& fiber = *newborn;
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(nullptr, &fiber.creator_.stack, &fiber.creator_.stack_bytes);
-#endif
-    switch_context(fiber.context, fiber.creator_);
-    fiber.body_();
-  }
-
-  static thread_local Fiber* newborn;
-
-  Stack stack_;
-  Context& creator_;
-  void (*body_)();
-};
-
-thread_local Fiber* Fiber::newborn = nullptr;
 
 // ---- What a cluster consists of ---------------------------------------------------------------
 
