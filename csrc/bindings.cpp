@@ -3,7 +3,7 @@
 #include "build_info.h"
 #include "cpu/cpu.h"
 #ifdef KDK_WITH_CUDA
-#include "cuda/bind_device.h"
+#include "cuda/bind_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -47,6 +47,6 @@ PYBIND11_MODULE(_C, m) {
         "The instruction-set level the kernels of this process run at.");
   kdk::bind_build_info(m);
 #ifdef KDK_WITH_CUDA
-  kdk::bind_cuda_device(m);
+  kdk::bind_cuda(m);
 #endif
 }

@@ -66,13 +66,14 @@ FAKES = {
 }
 
 
-def register(backend, dispatch_key, **kernels):
-    """Register a backend's kernels, keyed by operator name, for a dispatch key ("CPU", "CUDA")."""
-    for name, kernel in kernels.items():
+def register(backend, kernels):
+    """Register a backend's kernels: dispatch key ("CPU", "CUDA") -> operator name -> function."""
+    for name, schema in SCHEMAS.items():
         overload = f"{name}.{backend}"
-        LIBRARY.define(overload + SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.define(overload + schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"kdkernels::{overload}", FAKES[name], lib=LIBRARY)
-        LIBRARY.impl(overload, kernel, dispatch_key)
+        for dispatch_key, functions in kernels.items():
+            LIBRARY.impl(overload, functions[name], dispatch_key)
 
 
 def get(name, backend):

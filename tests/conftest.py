@@ -1,5 +1,6 @@
 """What every test shares: the backends and dtypes to run on, and exact comparisons."""
 
+import cuda_for_cpu
 import cuda_on_cpu
 import pytest
 import torch
@@ -28,6 +29,7 @@ INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAN, INF = float("nan"), float("inf")
 
 cuda_on_cpu.register()
+cuda_for_cpu.register()
 
 EXACT_EAGER = ("eager", torch.float64)
 UNAVAILABLE = {name: backend.unavailable("cpu") for name, backend in BACKENDS.items()}

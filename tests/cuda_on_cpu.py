@@ -20,7 +20,8 @@ from kdkernels.backends import native
 from kdkernels.backends.registry import BACKENDS, Backend
 
 NAME = "cuda_on_cpu"
-SHARED_BYTES, CLUSTER_BLOCKS, SCHEDULE = 8192, 4, 0
+# Shared bytes of a block, blocks of a cluster, multiprocessors, L2 bytes.
+DEVICE, SCHEDULE = (8192, 4, 8, 65536), 0
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / f"cuda-on-cpu-{sys.implementation.cache_tag}"
@@ -63,10 +64,10 @@ def register():
     module, reason = build()
     if module is not None:
         operators = native.operators(
-            lambda *args: module.distill_rows(*args, SHARED_BYTES, CLUSTER_BLOCKS, SCHEDULE),
-            module.scale_rows,
+            lambda device, *args: module.distill_rows(*args, DEVICE, SCHEDULE),
+            lambda device, *args: module.scale_rows(*args),
         )
-        ops.register(NAME, "CPU", **operators)
+        ops.register(NAME, {"CPU": operators})
     BACKENDS[NAME] = Backend(
         NAME,
         lambda device_type: reason if device_type == "cpu" else "it runs on CPU tensors",

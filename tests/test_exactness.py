@@ -7,6 +7,7 @@ them. Every test prints the worst value it measured, which pytest shows when it 
 import functools
 import math
 
+import cuda_for_cpu
 import cuda_on_cpu
 import mpmath
 import pytest
@@ -53,6 +54,11 @@ SHIFT = 2.0**17
 def precise(backend):
     """The dtype in which a backend must meet the bars."""
     return torch.float64 if backend == "eager" else torch.float32
+
+
+def bar_of(backend, cpu, gpu):
+    """A bar that is another one on GPUs, whose exponentials are less exact (hazards.md (d))."""
+    return gpu if backend == cuda_for_cpu.NAME else cpu
 
 
 def check(name, measured, bar):
@@ -171,7 +177,7 @@ def test_n1_cross_entropy(backend, v):
             assert known.sum() >= len(known) - 1  # a half's rounding may push the last one out
             loss = rows_of(backend, student, student, labels, alpha=0.0)
             worst = relative_error(loss, ref.loss)[known].max().item()
-            check(f"N1 {dtype} V={v} {name}", worst, 1e-6)
+            check(f"N1 {dtype} V={v} {name}", worst, bar_of(backend, 1e-6, 2e-6))
 
 
 def test_n1_a_difference_that_one_float_does_not_hold(compiled, dtype):
@@ -183,7 +189,8 @@ def test_n1_a_difference_that_one_float_does_not_hold(compiled, dtype):
         options = dict(temperature=temperature, return_terms=True, backend=compiled)
         hard = kd_loss(student, student, labels, **options).hard
         exact = reference(student, student, labels, alpha=0.0, reduction="sum").loss
-        check(f"N1 {dtype} T={temperature:g}", relative_error(hard, exact).item(), 1e-6)
+        worst = relative_error(hard, exact).item()
+        check(f"N1 {dtype} T={temperature:g}", worst, bar_of(compiled, 1e-6, 2e-6))
 
 
 @pytest.mark.parametrize("v", N1_WIDTHS)
@@ -257,6 +264,8 @@ def with_kl(student, teacher, temperature):
     ],
 )
 def test_n2_n3_n9_near_equal_rows(backend, divergence, beta, bar, v):
+    if divergence == "jsd":
+        bar = bar_of(backend, bar, 1e-5)
     if v > 1000 and (backend == "eager" or beta in (0.1, 0.9)):
         pytest.skip("as at V = 1000")
     for temperature in TEMPERATURES if v <= 4097 else (1.0,):
@@ -278,15 +287,16 @@ def test_n2_n3_n9_near_equal_rows(backend, divergence, beta, bar, v):
             where = f"{divergence} {beta} V={v} T={temperature:g}, {name}"
             assert_gradient_close(grad, ref, check_blind=False)
             if divergence == "forward_kl" and grad.dtype not in HALVES:
-                check_near_gradient(f"N9 {where}", grad, ref, kl, seen=name == "flat")
+                check_near_gradient(f"N9 {where}", backend, grad, ref, kl, seen=name == "flat")
         check(f"N2/N3 {divergence} {beta} V={v} T={temperature:g}, {worst[1]}", worst[0], bar)
 
 
-def check_near_gradient(name, grad, ref, kl, seen):
+def check_near_gradient(name, backend, grad, ref, kl, seen):
     """N9. On rows where every class counts (`seen`), N4 and N9 together must see every entry."""
     error = (grad.double() - ref.grad).abs().amax(-1)
     largest = ref.grad.abs().amax(-1)
-    for low, high, bar in ((1e-7, 1e-4, 1e-4), (1e-8, 1e-7, 3e-4)):
+    for low, high, cpu_bar in ((1e-7, 1e-4, 1e-4), (1e-8, 1e-7, 3e-4)):
+        bar = bar_of(backend, cpu_bar, 2e-3)
         at = (kl >= low) & (kl <= high)
         if at.any():
             check(f"{name}, KL >= {low:g}", (error / largest)[at].max().item(), bar)
@@ -362,6 +372,8 @@ def test_n2_n3_rows_far_apart(backend, divergence, v):
             exact = reference(student, teacher, **options).rows
             worst = relative_error(loss, exact).max().item()
             bar = FAR_BARS.get(divergence, 2e-5)
+            if divergence == "jsd":
+                bar = bar_of(backend, bar, 1e-5)
             check(f"{divergence} V={v} T={temperature:g}, {name}", worst, bar)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_for_cpu
 import pytest
 import torch
 from conftest import DTYPES, problem, random_like
@@ -16,6 +17,12 @@ from kdkernels import kd_loss
 
 IGNORE = -100
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def memory_of_the_cpu(request):
+    if cuda_for_cpu.NAME in request.node.callspec.params.values():
+        pytest.skip("its memory is the GPU's: test_cuda.py")
 
 
 class Allocations(TorchDispatchMode):

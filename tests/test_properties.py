@@ -7,6 +7,7 @@ within the bars of `test_exactness.py`, and gradients within the componentwise b
 
 import math
 
+import cuda_for_cpu
 import cuda_on_cpu
 import pytest
 import torch
@@ -18,8 +19,8 @@ from oracle import assert_gradient_close, gradient_bound, reference
 from kdkernels import kd_loss
 
 # N2 on any row; what float64 leaves of a KL of 1e-8. And a sum of numbers of one sign: N1's bar.
-LOSS = {"native": 2e-4, cuda_on_cpu.NAME: 2e-4, "eager": 1e-7}
-SUMS = {"native": 1e-6, cuda_on_cpu.NAME: 2e-6, "eager": 1e-12}
+LOSS = {"native": 2e-4, cuda_on_cpu.NAME: 2e-4, cuda_for_cpu.NAME: 2e-4, "eager": 1e-7}
+SUMS = {"native": 1e-6, cuda_on_cpu.NAME: 2e-6, cuda_for_cpu.NAME: 2e-6, "eager": 1e-12}
 SMALLEST = 1e-8  # the KL from which on a relative bar is given
 INF = math.inf
 

@@ -42,13 +42,22 @@ struct TwoFloats {
   float lo;
 };
 
-// log2(e), the rate of e^x.
+// log2(e), the rate of e^x; see split_rate.
 constexpr TwoFloats kUnitRate = {static_cast<float>(kLog2E),
                                  static_cast<float>(kLog2E - static_cast<float>(kLog2E))};
+static_assert(kUnitRate.lo > 0);
 
 KDK_FN TwoFloats split(double x) {
   const float hi = static_cast<float>(x);
   return {hi, static_cast<float>(x - hi)};
+}
+
+// The same for a rate log2(e) / T, both parts positive: −inf times each of them is −inf, and their
+// sum no NaN.
+KDK_FN TwoFloats split_rate(double rate) {
+  TwoFloats parts = split(rate);
+  if (parts.lo <= 0) parts.hi = from_bits(to_bits(parts.hi) - 1);
+  return {parts.hi, static_cast<float>(rate - parts.hi)};
 }
 
 // a − b = hi + lo exactly (Knuth, The Art of Computer Programming 2, 4.2.2 theorem B); lo is NaN
@@ -77,6 +86,13 @@ static __device__ __forceinline__ float exp2_unit(float x) {
   return y;
 }
 
+// 1 / x to 1 ulp.
+static __device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // As on the host, below, but without kLow the exponent's argument is rounded: an error of 2^-24
 // |x| / T more.
 template <bool kLow, bool kUnderflow = true>
@@ -92,13 +108,14 @@ static __device__ __forceinline__ float exp_of(float x, float x_lo, TwoFloats ra
     y = exp2_unit(f) * from_bits(to_bits(shifted) << 23);
     y = shifted < 12582912.0f + 1.0f ? 0.0f : y;
   } else {
-    x = x < -1e37f ? -1e37f : x;  // −inf times the two parts of the rate would be NaN
     y = exp2_unit(fused(x, rate.hi, x * rate.lo));
   }
   return y;
 }
 
 #else
+
+KDK_FN float reciprocal(float x) { return 1.0f / x; }
 
 // e^{(x + x_lo) / T} for x <= 0, with rate = log2(e) / T in two floats: 2 ulp. Exactly 1 at 0,
 // exactly 0 at −inf and wherever the result would be subnormal; NaN stays NaN. Without kUnderflow x

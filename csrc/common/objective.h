@@ -74,7 +74,7 @@ struct Mixed {
 };
 
 KDK_FN Mixed mixed(float a, float m, float difference /* m − a */) {
-  const float inverse = 1.0f / (a > 0.0f ? a : 1.0f);
+  const float inverse = reciprocal(a > 0.0f ? a : 1.0f);
   const float y = difference * inverse;
   const bool near = absolute(y) < 0.25f;
   const float squared = y * y * log1p_gap(y);

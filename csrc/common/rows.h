@@ -29,6 +29,38 @@ KDK_FN float float_from_bfloat16(std::uint16_t bits) {
   return from_bits(static_cast<std::uint32_t>(bits) << 16);
 }
 
+#ifdef __CUDA_ARCH__
+
+KDK_FN float float_from_float16(std::uint16_t half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+
+// Two at a time, the first in the low bits; to nearest, ties to even.
+
+KDK_FN std::uint32_t bfloat16s_from_floats(float low, float high) {
+  std::uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+KDK_FN std::uint32_t float16s_from_floats(float low, float high) {
+  std::uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+KDK_FN std::uint16_t bfloat16_from_float(float value) {
+  return static_cast<std::uint16_t>(bfloat16s_from_floats(value, value));
+}
+
+KDK_FN std::uint16_t float16_from_float(float value) {
+  return static_cast<std::uint16_t>(float16s_from_floats(value, value));
+}
+
+#else
+
 KDK_FN float float_from_float16(std::uint16_t half) {
   const std::uint32_t sign = (half & 0x8000u) << 16;
   const std::uint32_t magnitude = (half & 0x7fffu) << 13;
@@ -63,5 +95,15 @@ KDK_FN std::uint16_t float16_from_float(float value) {
                                                         : normal;
   return static_cast<std::uint16_t>(sign | half);
 }
+
+KDK_FN std::uint32_t bfloat16s_from_floats(float low, float high) {
+  return bfloat16_from_float(low) | static_cast<std::uint32_t>(bfloat16_from_float(high)) << 16;
+}
+
+KDK_FN std::uint32_t float16s_from_floats(float low, float high) {
+  return float16_from_float(low) | static_cast<std::uint32_t>(float16_from_float(high)) << 16;
+}
+
+#endif
 
 }  // namespace kdk

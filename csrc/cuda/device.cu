@@ -1,22 +1,9 @@
-#include <cuda_runtime_api.h>
-
 #include <cstring>
 
 #include "cuda/device.h"
+#include "cuda/error.h"
 
 namespace kdk {
-namespace {
-
-// Null on success. Takes the error off CUDA's record too, or the next launch check, torch's or
-// ours, would report it as its own.
-const char* words(cudaError_t status) {
-  if (status == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(status);
-}
-
-}  // namespace
-
 const char* cuda_device_count(int* count) {
   *count = 0;
   return words(cudaGetDeviceCount(count));

@@ -4,12 +4,13 @@
 //   row loss = distill_weight · D(p, q) + hard_weight · CE(s, y)
 //   gradient = weight / denominator · ∂(row loss)/∂s
 //
-// A row belongs to a cluster of thread blocks, which hold it in their shared memory, a slice of the
-// columns each: 3 · N · V elements of traffic. As on the CPU (cpu/kernels.cpp, which says why the
-// fusion is legal) all that an element's gradient needs of the other columns is a handful of sums
-// (row.h). The gradient is written over the student's slice in shared memory and stored from there.
-// While a row is computed the copy engine brings the next one. Rows that are too long for shared
-// memory (Plan::stages is 0) are read from memory in every sweep, which the L2 cache may serve.
+// A row belongs to a team of thread blocks, which hold it in their shared memory, a slice of the
+// columns each: 3 · N · V elements of traffic, 2 · N · V without a gradient. As on the CPU
+// (cpu/kernels.cpp, which says why the fusion is legal) all that an element's gradient needs of the
+// other columns is a handful of sums (row.h). The gradient is written over the student's slice in
+// shared memory and stored from there. While a row is computed the copy engine brings the next one.
+// Rows that are too long for shared memory (Plan::stages is 0) are read from memory in every sweep,
+// from the L2 cache where the plan fits it.
 #pragma once
 
 #include "cuda/row.h"
@@ -17,219 +18,253 @@
 namespace kdk {
 namespace gpu {
 
-// What `prepare` (reduce_kernels.h) leaves: 1 / the denominator of the mean in two floats, and
-// whether it is 0.
+// What `prepare` leaves in the scratch memory.
 struct Mean {
   TwoFloats inverse;
   bool empty;
 };
 
-// Which of a row's terms are wanted, from its label and weight.
+// What a row is to come to, from its label and weight.
 struct Wanted {
-  bool labelled, counts, computed, bad_label;
+  bool counts, bad_label;
+  bool main;  // it has a share in loss and gradient
+  bool read;
   float weight;
   std::int64_t label;
-
-  KDK_DEVICE_METHOD bool reads(const RowTask& task) const {
-    return !bad_label && (computed || (counts && task.want_terms));
-  }
 };
 
 KDK_DEVICE Wanted wanted_of(const RowTask& task, const Mean& mean, std::int64_t row) {
   Wanted wanted{};
-  wanted.labelled = task.labels != nullptr;
-  wanted.label = wanted.labelled ? task.labels[row] : -1;
-  wanted.counts = !wanted.labelled || wanted.label != task.ignore_index;
-  wanted.bad_label =
-      wanted.labelled && wanted.counts && (wanted.label < 0 || wanted.label >= task.columns);
+  wanted.label = task.labels == nullptr ? -1 : task.labels[row];
   wanted.weight = task.weights == nullptr ? 1.0f : task.weights[row];
-  wanted.computed = wanted.counts && wanted.weight != 0 && !mean.empty;
+  wanted.counts = task.labels == nullptr || wanted.label != task.ignore_index;
+  wanted.bad_label =
+      task.labels != nullptr && wanted.counts && (wanted.label < 0 || wanted.label >= task.columns);
+  wanted.main = task.main && wanted.counts && wanted.weight != 0 && !mean.empty;
+  wanted.read = !wanted.bad_label && (wanted.main || (wanted.counts && task.want_terms));
   return wanted;
 }
 
-// A row in one of the stages of shared memory.
-struct Stage {
-  char* student;
-  char* teacher;
+// A block's place in the columns, and the tensors' rows there.
+struct Slice {
+  std::int64_t first;
+  int columns;
+
+  KDK_DEVICE_METHOD Side of(const RowTask& task, const Rows& rows, std::int64_t row) const {
+    char* begin = static_cast<char*>(row_pointer(rows, row / task.length, row % task.length));
+    return {begin + first * size_of(rows.dtype), rows.dtype};
+  }
 };
 
-KDK_DEVICE Stage stage_of(const RowTask& task, char* memory, int stage) {
+KDK_DEVICE Slice slice_of(const RowTask& task, const Team& team) {
+  const std::int64_t first = static_cast<std::int64_t>(team.rank) * task.plan.slice;
+  const std::int64_t left = task.columns - first;
+  if (left <= 0) return {task.columns, 0};
+  return {first, left < task.plan.slice ? static_cast<int>(left) : task.plan.slice};
+}
+
+// ---- Rows in shared memory --------------------------------------------------------------------
+
+// A row in one of the stages, as far from a 16-byte boundary as it is in memory.
+struct Stage {
+  Side student, teacher;
+};
+
+KDK_DEVICE Stage stage_of(const RowTask& task, int stage, const Side& student,
+                          const Side& teacher) {
   const auto room = [&](DType dtype) {
-    return static_cast<std::int64_t>(task.plan.slice) * size_of(dtype) + 16;
+    return task.plan.slice * static_cast<int>(size_of(dtype)) + 16;
   };
-  const std::int64_t student = room(task.student.dtype), teacher = room(task.teacher.dtype);
-  char* begin = memory + sizeof(Exchange) + stage * (student + teacher);
-  return {begin, begin + student};
+  const int rooms = room(student.dtype) + room(teacher.dtype);
+  char* begin = shared_memory() + static_cast<int>(sizeof(Exchange)) + stage * rooms;
+  return {{begin + misalignment(student), student.dtype},
+          {begin + room(student.dtype) + misalignment(teacher), teacher.dtype}};
 }
 
-// One thread brings [begin, end) of a tensor's row; returns the bytes that the barrier waits for.
-KDK_DEVICE std::uint32_t bulk_bytes(const Side& memory, std::int64_t begin, std::int64_t end) {
-  const Interior interior = interior_of(memory, begin, end);
-  return static_cast<std::uint32_t>((interior.end - interior.begin) * size_of(memory.dtype));
-}
-
-KDK_DEVICE void fetch(const Side& memory, char* room, std::int64_t begin, std::int64_t end,
-                      Barrier* arrived) {
-  const Side shared = shared_side(memory, room, begin);
-  const Interior interior = interior_of(memory, begin, end);
-  const std::uint32_t bytes = bulk_bytes(memory, begin, end);
-  if (bytes > 0) bulk_load(shared.at(interior.begin), memory.at(interior.begin), bytes, arrived);
-  for (std::int64_t column = begin; column < end; ++column) {
-    if (column == interior.begin) column = interior.end;
-    if (column < end) store_one(shared, column, load_one(memory, column));
+// A warp brings what bulk copies cannot take, and the end of a row's last chunk.
+template <bool kWhole>
+KDK_DEVICE void fetch_edges(const Side& memory, const Side& shared, Interior interior,
+                            int columns) {
+  for (int i = thread_rank(); i < interior.edges(columns); i += 32) {
+    const int column = interior.edge(i);
+    store_one(shared, column, load_one(memory, column));
+  }
+  if constexpr (kWhole) {
+    const int end = (columns + kChunk - 1) / kChunk * kChunk;
+    for (int column = columns + thread_rank(); column < end; column += 32) {
+      store_one(shared, column, -kInfinity);
+    }
   }
 }
 
-template <Divergence kDivergence>
-KDK_DEVICE void distill_rows(const RowTask& task) {
-  char* memory = shared_memory();
-  Exchange& exchange = *reinterpret_cast<Exchange*>(memory);
-  const bool leader = thread_rank() == 0;
-  const Mean mean{{task.mean[0], task.mean[1]}, task.mean[2] != 0};
-  const bool reads_teacher = task.distill || task.want_terms;
-  const std::int64_t begin_of = static_cast<std::int64_t>(block_rank()) * task.plan.slice;
-  const std::int64_t begin = begin_of < task.columns ? begin_of : task.columns;
-  const std::int64_t end =
-      begin + task.plan.slice < task.columns ? begin + task.plan.slice : task.columns;
-  const int stages = task.plan.stages;
-  int turn = 0;
-  int parity[2] = {0, 0};
-
-  const auto side_in_memory = [&](const Rows& rows, std::int64_t index) {
-    return side_of(row_pointer(rows, index / task.length, index % task.length), rows.dtype, begin);
-  };
-  const auto expected = [&](std::int64_t index) {
-    std::uint32_t bytes = bulk_bytes(side_in_memory(task.student, index), begin, end);
-    if (reads_teacher) bytes += bulk_bytes(side_in_memory(task.teacher, index), begin, end);
-    return bytes;
-  };
-  const auto prefetch = [&](std::int64_t index, int stage) {
-    if (!leader || stages == 0 || index >= task.rows) return;
-    bulk_wait_read();  // what this stage held before is stored
-    if (!wanted_of(task, mean, index).reads(task)) return;
-    const Stage room = stage_of(task, memory, stage);
+// One warp.
+template <typename K>
+KDK_DEVICE void fetch_row(const RowTask& task, const Slice& slice, std::int64_t row, int stage,
+                          Exchange& exchange) {
+  const Side student = slice.of(task, task.student, row);
+  const Side teacher = slice.of(task, task.teacher, row);
+  const Stage room = stage_of(task, stage, student, teacher);
+  const Interior of_student = interior_of(student, slice.columns);
+  const Interior of_teacher = interior_of(teacher, K::kDistill ? slice.columns : 0);
+  if (thread_rank() == 0) {
     Barrier* arrived = &exchange.arrived[stage];
-    const std::uint32_t bytes = expected(index);
-    if (bytes > 0) barrier_expect(arrived, bytes);
-    fetch(side_in_memory(task.student, index), room.student, begin, end, arrived);
-    if (reads_teacher)
-      fetch(side_in_memory(task.teacher, index), room.teacher, begin, end, arrived);
+    const std::uint32_t student_bytes = bulk_bytes(student, of_student);
+    const std::uint32_t teacher_bytes = bulk_bytes(teacher, of_teacher);
+    barrier_expect(arrived, student_bytes + teacher_bytes);
+    if (student_bytes > 0) {
+      bulk_load(room.student.at(of_student.begin), student.at(of_student.begin), student_bytes,
+                arrived);
+    }
+    if (teacher_bytes > 0) {
+      bulk_load(room.teacher.at(of_teacher.begin), teacher.at(of_teacher.begin), teacher_bytes,
+                arrived);
+    }
+  }
+  fetch_edges<K::kWhole>(student, room.student, of_student, slice.columns);
+  if constexpr (K::kDistill) {
+    fetch_edges<K::kWhole>(teacher, room.teacher, of_teacher, slice.columns);
+  }
+}
+
+// The gradient goes to memory: by a bulk copy what lies there as it does here, the rest by hand.
+KDK_DEVICE void store_row(const Side& memory, const Side& shared, int columns) {
+  const bool alike = misalignment(memory) == misalignment(shared);
+  const Interior interior = alike ? interior_of(memory, columns) : Interior{0, 0};
+  if (thread_rank() == 0 && interior.begin < interior.end) {
+    bulk_store(memory.at(interior.begin), shared.at(interior.begin), bulk_bytes(memory, interior));
+  }
+  for (int i = thread_rank(); i < interior.edges(columns); i += block_threads()) {
+    const int column = interior.edge(i);
+    store_one(memory, column, load_one(shared, column));
+  }
+}
+
+// ---- The kernel -------------------------------------------------------------------------------
+
+KDK_DEVICE void write_losses(const RowTask& task, std::int64_t row, const Wanted& wanted,
+                             RowLoss terms) {
+  if (task.main) {
+    float loss = 0;
+    if (task.distill) loss += task.distill_weight * terms.distill;
+    if (task.hard) loss += task.hard_weight * terms.hard;
+    task.row_losses[row] = wanted.bad_label ? kNaN : wanted.main ? wanted.weight * loss : 0.0f;
+  }
+  if (task.distill || !task.others) {
+    task.row_losses[task.rows + row] = terms.distill * task.distill_scale;
+  }
+  if (task.hard || !task.others) task.row_losses[2 * task.rows + row] = terms.hard;
+}
+
+template <typename K>
+KDK_DEVICE void distill_rows(const RowTask& task) {
+  Team team = join_team(task.plan.team_blocks, task.plan.clusters ? nullptr : task.scratch);
+  Exchange& exchange = *team.exchange;
+  const Slice slice = slice_of(task, team);
+  const Mean mean{{task.scratch->inverse[0], task.scratch->inverse[1]}, task.scratch->empty != 0};
+  const bool want_grad = task.grad.data != nullptr;
+  const int stages = task.plan.stages;
+  const bool staged = K::kWhole || stages > 0;
+
+  const auto fetch = [&](std::int64_t index, const Wanted& wanted, int stage) {
+    if (!staged || thread_rank() >= 32) return;
+    bulk_wait_read();  // what this stage held before is stored
+    sync_warp();
+    if (index < task.rows && wanted.read) fetch_row<K>(task, slice, index, stage, exchange);
+  };
+  const auto look_at = [&](std::int64_t index) {
+    return index < task.rows ? wanted_of(task, mean, index) : Wanted{};
+  };
+  // Loaded a row ahead, for no row to begin with a wait for memory.
+  float s_label = 0, t_label = 0;
+  const auto load_labels = [&](std::int64_t index, const Wanted& wanted) {
+    if (!K::kHard || !wanted.read) return;
+    const Slice from{wanted.label, 1};
+    s_label = load_one(from.of(task, task.student, index), 0);
+    t_label = K::kDistill ? load_one(from.of(task, task.teacher, index), 0) : -kInfinity;
   };
 
-  if (stages > 0 && leader) {
+  if (staged && thread_rank() == 0) {
     barrier_init(&exchange.arrived[0]);
     barrier_init(&exchange.arrived[1]);
   }
-  prefetch(cluster_index(), 0);
+  Wanted coming = look_at(team.index);
+  load_labels(team.index, coming);
+  fetch(team.index, coming, 0);
   sync_block();
 
-  int stage = 0;
-  for (std::int64_t index = cluster_index(); index < task.rows; index += grid_clusters()) {
-    const Wanted wanted = wanted_of(task, mean, index);
-    const std::int64_t next = index + grid_clusters();
+  int stage = 0, parities = 0;
+  KDK_ROLLED
+  for (std::int64_t index = team.index; index < task.rows; index += team.teams) {
+    const Wanted wanted = coming;
+    const std::int64_t next = index + team.teams;
     const int next_stage = stages == 2 ? stage ^ 1 : 0;
     bool fetched = stages != 2;
+    Row row{};
+    row.index = index;
+    row.columns = slice.columns;
+    row.s_label = s_label;
+    row.t_label = t_label;
+    const std::int64_t label = wanted.label - slice.first;
+    row.label = label >= 0 && label < slice.columns ? static_cast<int>(label) : -kChunk;
+    row.student = slice.of(task, task.student, index);
+    row.teacher = slice.of(task, task.teacher, index);
+    const Side memory = want_grad ? slice.of(task, task.grad, index) : Side{};
+    row.grad = memory;
+    if (staged) {
+      const Stage room = stage_of(task, stage, row.student, row.teacher);
+      row.student = room.student;
+      row.teacher = room.teacher;
+      row.grad = room.student;
+      if (wanted.read) {
+        barrier_wait(&exchange.arrived[stage], parities >> stage & 1);
+        parities ^= 1 << stage;
+      }
+    }
+    coming = look_at(next);
     const auto loaded = [&] {
-      if (!fetched) prefetch(next, next_stage);
+      load_labels(next, coming);
+      if (!fetched) fetch(next, coming, next_stage);
       fetched = true;
     };
 
-    Row row{};
-    row.index = index;
-    row.begin = begin;
-    row.end = end;
-    row.label = wanted.counts ? wanted.label : -1;
-    row.student = side_in_memory(task.student, index);
-    row.teacher = side_in_memory(task.teacher, index);
-    const bool want_grad = task.grad.data != nullptr;
-    if (want_grad) row.memory = side_in_memory(task.grad, index);
-    if (wanted.reads(task) && wanted.labelled) {
-      row.s_label = load_one(row.student, wanted.label);
-      row.t_label = reads_teacher ? load_one(row.teacher, wanted.label) : -kInfinity;
-    }
-    if (stages > 0) {
-      const Stage room = stage_of(task, memory, stage);
-      const bool alike =
-          want_grad && (reinterpret_cast<std::uintptr_t>(row.memory.at(begin)) & 15) ==
-                           (reinterpret_cast<std::uintptr_t>(row.student.at(begin)) & 15);
-      if (alike) {
-        row.interior = interior_of(row.memory, begin, end);
-        row.staged = shared_side(row.memory, room.student, begin);
-      }
-      if (wanted.reads(task)) {
-        if (expected(index) > 0) {
-          barrier_wait(&exchange.arrived[stage], parity[stage]);
-          parity[stage] ^= 1;
-        }
-        row.student = shared_side(row.student, room.student, begin);
-        if (reads_teacher) row.teacher = shared_side(row.teacher, room.teacher, begin);
-      }
-    }
-
-    RowLoss values{0, 0};
-    float loss = 0;
-    if (leader && block_rank() == 0 && task.student.dtype == DType::kFloat16) {
+    if (leads(team) && task.main && task.student.dtype == DType::kFloat16) {
       task.unscale[index] = mean.empty ? 0.0f : 1.0f;
     }
-    if (wanted.bad_label) {
-      values = {kNaN, kNaN};
-      loss = kNaN;
-      if (leader && block_rank() == 0) *task.bad_label = index + 1;
-      if (want_grad) fill_row(row, kNaN);
+    RowLoss terms{0, 0};
+    if (wanted.read) {
+      const Pass pass{want_grad && wanted.main, multiply({wanted.weight, 0}, mean.inverse)};
+      terms = evaluate<K>(task, row, pass, team, loaded);
     } else {
-      // The terms that do not enter the loss first: the gradient may replace the logits.
-      for (int pass = 0; pass < 3; ++pass) {
-        const bool main = pass == 2;
-        if (main ? !wanted.computed
-                 : !(wanted.counts && task.want_terms) ||
-                       (pass == 0 ? wanted.computed && task.distill
-                                  : !wanted.labelled || (wanted.computed && task.hard))) {
-          continue;
-        }
-        Pass what{pass == 0, pass == 1, false, {0, 0}};
-        if (main) {
-          what = {task.distill, task.hard, want_grad, multiply({wanted.weight, 0}, mean.inverse)};
-        }
-        const RowLoss terms = evaluate<kDivergence>(task, row, what, exchange, turn, loaded);
-        if (what.distill) values.distill = terms.distill;
-        if (what.hard) values.hard = terms.hard;
-        if (main) {
-          float sum = 0;
-          if (task.distill) sum += task.distill_weight * terms.distill;
-          if (task.hard) sum += task.hard_weight * terms.hard;
-          loss = wanted.weight * sum;
-        }
-      }
-      // Stored zeros, not products with 0: whatever the logits held, they change nothing.
-      if (want_grad && !wanted.computed) fill_row(row, 0);
+      loaded();
     }
-    if (leader && block_rank() == 0) {
-      task.row_losses[index] = loss;
-      task.row_losses[task.rows + index] = values.distill * task.distill_scale;
-      task.row_losses[2 * task.rows + index] = values.hard;
+    if (wanted.bad_label) {
+      terms = {kNaN, kNaN};
+      if (leads(team)) *task.bad_label = index + 1;
     }
+    if (leads(team)) write_losses(task, index, wanted, terms);
     if (want_grad) {
-      const std::int64_t threads = static_cast<std::int64_t>(cluster_blocks()) * block_threads();
-      for (std::int64_t column = task.columns + block_rank() * block_threads() + thread_rank();
-           column < task.width; column += threads) {
-        store_one(row.memory, column, 0);
+      // Stored zeros, not products with 0: whatever the logits held, they change nothing.
+      if (!wanted.main || wanted.bad_label) fill_row<K>(row, wanted.bad_label ? kNaN : 0.0f);
+      const Side padding = Slice{0, 0}.of(task, task.grad, index);
+      for (std::int64_t column = task.columns + team.rank * block_threads() + thread_rank();
+           column < task.width; column += team.blocks * block_threads()) {
+        store_one(padding, static_cast<int>(column), 0);
       }
     }
-
-    fence_async();
-    sync_block();
-    if (leader && row.interior.begin < row.interior.end) {
-      const auto bytes = (row.interior.end - row.interior.begin) * size_of(row.memory.dtype);
-      bulk_store(row.memory.at(row.interior.begin), row.staged.at(row.interior.begin),
-                 static_cast<std::uint32_t>(bytes));
+    if (staged) {
+      fence_async();
+      sync_block();
+      if (want_grad) store_row(memory, row.grad, slice.columns);
+      if (stages == 1) {
+        sync_block();  // the edges are stored
+        fetch(next, coming, 0);
+      }
+      sync_block();
     }
-    loaded();
-    if (stages == 1) prefetch(next, 0);
-    sync_block();
     stage = next_stage;
   }
-  if (stages > 0 && leader) bulk_wait_read();
-  sync_cluster();  // others may still read this block's shared memory
+  if (staged && thread_rank() == 0) bulk_wait_read();
+  if (task.plan.clusters) sync_cluster();  // others may still read this block's shared memory
 }
 
 }  // namespace gpu

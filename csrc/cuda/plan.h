@@ -1,55 +1,81 @@
-// How a row is shared out over thread blocks: one visible table.
+// How rows are shared out over thread blocks: one visible table.
 #pragma once
 
+#include <algorithm>
+
+#include "common/args.h"
 #include "cuda/slice.h"
-#include "cuda/task.h"
 #include "cuda/team.h"
 
 namespace kdk {
 namespace gpu {
 
+constexpr int kMaxThreads = 32 * kMaxWarps;
+
+struct Plan {
+  int threads;       // of a block, a multiple of 32
+  int team_blocks;   // that share a row
+  bool clusters;     // the teams are clusters; else they meet in memory, all of them at once
+  int teams;         // in the grid
+  int slice;         // columns of a block, a multiple of kChunk
+  int stages;        // rows in shared memory at a time; 0: every sweep reads memory
+  int shared_bytes;  // of a block
+};
+
 // What the device allows.
 struct Limits {
   int shared_bytes;    // of a block
-  int cluster_blocks;  // 1: no clusters
-  int resident;        // blocks that run at the same time
+  int cluster_blocks;  // 0: no clusters
+  int multiprocessors;
+  std::int64_t l2_bytes;
 };
 
+// A row of one tensor in shared memory may begin anywhere within 16 bytes.
 inline std::int64_t stage_bytes(const DistillArgs& args, std::int64_t slice) {
-  const std::int64_t element = size_of(args.student.dtype) + size_of(args.teacher.dtype);
-  return slice * element + 32;
+  return slice * (size_of(args.student.dtype) + size_of(args.teacher.dtype)) + 32;
 }
 
-// The fewest blocks whose shared memory holds a row and the next one; then one row; else none, and
-// the sweeps read memory.
-inline Plan make_plan(const DistillArgs& args, const Limits& limits) {
-  const std::int64_t columns = args.objective.vocab_size, rows = args.batch * args.length;
-  const std::int64_t room = limits.shared_bytes - static_cast<std::int64_t>(sizeof(Exchange));
+inline Plan plan_of(const DistillArgs& args, int team_blocks, bool clusters, int stages) {
+  const std::int64_t slice = (args.objective.vocab_size + team_blocks - 1) / team_blocks;
   Plan plan{};
-  const auto slice_of = [&](int blocks) {
-    const std::int64_t slice = (columns + blocks - 1) / blocks;
-    return (slice + kChunk - 1) / kChunk * kChunk;
-  };
-  const auto choose = [&](int stages) {
-    for (int blocks = 1; blocks <= limits.cluster_blocks; blocks *= 2) {
-      if (stages * stage_bytes(args, slice_of(blocks)) > room) continue;
-      plan.cluster_blocks = blocks;
-      plan.stages = stages;
-      return true;
-    }
-    return false;
-  };
-  if (limits.cluster_blocks == 1 || (!choose(2) && !choose(1))) {
-    plan.cluster_blocks = limits.cluster_blocks;
-    plan.stages = 0;
-  }
-  const std::int64_t slice = slice_of(plan.cluster_blocks);
-  plan.slice = static_cast<int>(slice);
-  plan.threads = slice <= 1024 ? 128 : slice <= 4096 ? 256 : 512;
-  plan.shared_bytes = static_cast<int>(sizeof(Exchange) + plan.stages * stage_bytes(args, slice));
-  const std::int64_t clusters = std::max(1, limits.resident / plan.cluster_blocks);
-  plan.clusters = static_cast<int>(std::max<std::int64_t>(1, std::min(rows, clusters)));
+  plan.team_blocks = team_blocks;
+  plan.clusters = clusters;
+  plan.stages = stages;
+  plan.slice = static_cast<int>((slice + kChunk - 1) / kChunk * kChunk);
+  plan.threads = plan.slice <= 1024 ? 128 : plan.slice <= 4096 ? 256 : kMaxThreads;
+  plan.shared_bytes = static_cast<int>(sizeof(Exchange) + stages * stage_bytes(args, plan.slice));
   return plan;
+}
+
+// The fewest blocks whose shared memory holds a row and the one after it; else one row. Where the
+// rows are too long, or there are no clusters, the sweeps read memory: so many blocks share a row
+// that half of the L2 cache holds all the rows in work. `resident(plan)`: how many teams the device
+// can run at the same time.
+template <typename Resident>
+Plan make_plan(const DistillArgs& args, const Limits& limits, const Resident& resident) {
+  const std::int64_t rows = args.batch * args.length;
+  const auto with_teams = [&](Plan plan, std::int64_t teams) {
+    plan.teams = static_cast<int>(std::max<std::int64_t>(1, std::min(rows, teams)));
+    return plan;
+  };
+  for (int stages = 2; stages > 0; --stages) {
+    for (int blocks = 1; blocks <= limits.cluster_blocks; blocks *= 2) {
+      const std::int64_t slice = args.objective.vocab_size / blocks;
+      if (stages * stage_bytes(args, slice) > limits.shared_bytes) continue;  // nor fits an int
+      const Plan plan = plan_of(args, blocks, true, stages);
+      if (plan.shared_bytes > limits.shared_bytes) continue;
+      if (const int teams = resident(plan)) return with_teams(plan, teams);
+    }
+  }
+  const std::int64_t row_bytes =
+      args.objective.vocab_size * (2 * size_of(args.student.dtype) + size_of(args.teacher.dtype));
+  int blocks = 1;
+  while (2 * blocks <= std::min(kMaxTeamBlocks, limits.multiprocessors) &&
+         limits.multiprocessors / blocks * row_bytes > limits.l2_bytes / 2) {
+    blocks *= 2;
+  }
+  const Plan plan = plan_of(args, blocks, false, 0);
+  return with_teams(plan, std::min(resident(plan), kMaxBlocks / blocks));
 }
 
 }  // namespace gpu

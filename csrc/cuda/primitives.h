@@ -1,6 +1,5 @@
 // What the kernels use of a GPU, one function each: this file in PTX, its twin for a processor
-// without a GPU in tests/cuda_on_cpu/primitives.h. A cluster is the team of thread blocks that
-// shares a row; on GPUs that have none it is one block.
+// without a GPU in tests/cuda_on_cpu/primitives.h. On GPUs without clusters a cluster is one block.
 #pragma once
 
 #ifdef KDK_CUDA_ON_CPU
@@ -12,6 +11,7 @@
 #define KDK_DEVICE static __device__ __forceinline__
 #define KDK_DEVICE_METHOD __device__ __forceinline__
 #define KDK_UNROLL _Pragma("unroll")
+#define KDK_ROLLED _Pragma("unroll 1")
 
 namespace kdk {
 namespace gpu {
@@ -56,6 +56,7 @@ KDK_DEVICE std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+KDK_DEVICE void sync_warp() { __syncwarp(); }
 KDK_DEVICE void sync_block() { __syncthreads(); }
 
 // Orders shared memory of all the cluster's blocks too.
@@ -68,8 +69,11 @@ KDK_DEVICE void sync_cluster() {
 #endif
 }
 
-KDK_DEVICE float shuffle_xor(float value, int mask) {
-  return __shfl_xor_sync(0xffffffffu, value, mask);
+// What the lane has whose number differs from this one's in the bits of the mask.
+template <int kValues>
+KDK_DEVICE void shuffle_xor(const float (&values)[kValues], int mask, float (&received)[kValues]) {
+  KDK_UNROLL
+  for (int i = 0; i < kValues; ++i) received[i] = __shfl_xor_sync(0xffffffffu, values[i], mask);
 }
 
 // What another block of the cluster has where this one has `shared`.
@@ -85,6 +89,35 @@ KDK_DEVICE float load_remote(const float* shared, int rank) {
 #else
   return *shared;
 #endif
+}
+
+// ---- Blocks that meet in memory ---------------------------------------------------------------
+
+// Counts up; what this thread wrote to memory before is there for whoever has awaited it.
+KDK_DEVICE void memory_arrive(std::uint32_t* arrivals) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(arrivals))
+               : "memory");
+}
+
+// Until there are that many.
+KDK_DEVICE void memory_await(const std::uint32_t* arrivals, std::uint32_t count) {
+  std::uint32_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                 : "=r"(seen)
+                 : "l"(__cvta_generic_to_global(arrivals))
+                 : "memory");
+  } while (static_cast<std::int32_t>(seen - count) < 0);
+}
+
+// What another block wrote, past this multiprocessor's cache.
+KDK_DEVICE float load_from_block(const float* global) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];"
+               : "=f"(value)
+               : "l"(__cvta_generic_to_global(global))
+               : "memory");
+  return value;
 }
 
 struct alignas(16) Bytes16 {

@@ -9,16 +9,6 @@
 namespace kdk {
 namespace gpu {
 
-KDK_DEVICE TwoFloats team_sum(TwoFloats mine, Exchange& exchange, int& turn) {
-  float fields[2] = {mine.hi, mine.lo};
-  team_reduce(fields, exchange, turn, [](float (&into)[2], const float (&other)[2]) {
-    const TwoFloats sum = add({into[0], into[1]}, {other[0], other[1]});
-    into[0] = sum.hi;
-    into[1] = sum.lo;
-  });
-  return {fields[0], fields[1]};
-}
-
 struct MeanTask {
   std::int64_t rows;
   const std::int64_t* labels;
@@ -26,13 +16,13 @@ struct MeanTask {
   const double* num_items;
   std::int64_t ignore_index;
   bool mean;
-  float* out;  // 1 / the denominator in two floats, and 1 where it is 0
+  Scratch* scratch;
 };
 
 // One block.
 KDK_DEVICE void prepare(const MeanTask& task) {
-  Exchange& exchange = *reinterpret_cast<Exchange*>(shared_memory());
-  int turn = 0;
+  Team team = join_team(1, nullptr);
+  for (int i = thread_rank(); i < kMaxBlocks; i += block_threads()) task.scratch->arrivals[i] = 0;
   TwoFloats denominator{1, 0};
   if (task.mean && task.num_items != nullptr) {
     denominator = pair_from_double(task.num_items);
@@ -42,36 +32,40 @@ KDK_DEVICE void prepare(const MeanTask& task) {
       if (task.labels != nullptr && task.labels[row] == task.ignore_index) continue;
       sum = add(sum, {task.weights == nullptr ? 1.0f : task.weights[row], 0});
     }
-    denominator = team_sum(sum, exchange, turn);
+    float fields[2] = {sum.hi, sum.lo};
+    team_sum_pairs<1>(fields, team);
+    denominator = {fields[0], fields[1]};
   }
   if (thread_rank() != 0) return;
   const TwoFloats inverse = divide({1, 0}, denominator);
   const bool empty = denominator.hi == 0;
-  task.out[0] = empty ? 0 : inverse.hi;
-  task.out[1] = empty ? 0 : inverse.lo;
-  task.out[2] = empty ? 1 : 0;
+  task.scratch->inverse[0] = empty ? 0 : inverse.hi;
+  task.scratch->inverse[1] = empty ? 0 : inverse.lo;
+  task.scratch->empty = empty ? 1 : 0;
 }
 
 struct FinishTask {
   std::int64_t rows;
   const float* row_losses;
-  const float* mean;  // what `prepare` left
+  const Scratch* scratch;
   float* loss;
   float* unscale;  // null where every row has its own
 };
 
 // One block: the rows' losses add up in pairs of floats.
 KDK_DEVICE void finish(const FinishTask& task) {
-  Exchange& exchange = *reinterpret_cast<Exchange*>(shared_memory());
-  int turn = 0;
+  Team team = join_team(1, nullptr);
   TwoFloats sum{0, 0};
   for (std::int64_t row = thread_rank(); row < task.rows; row += block_threads()) {
     sum = add(sum, {task.row_losses[row], 0});
   }
-  sum = team_sum(sum, exchange, turn);
+  float fields[2] = {sum.hi, sum.lo};
+  team_sum_pairs<1>(fields, team);
   if (thread_rank() != 0) return;
-  const bool empty = task.mean[2] != 0;
-  *task.loss = empty ? 0 : multiply(sum, {task.mean[0], task.mean[1]}).hi;
+  const Scratch& scratch = *task.scratch;
+  const bool empty = scratch.empty != 0;
+  const TwoFloats inverse{scratch.inverse[0], scratch.inverse[1]};
+  *task.loss = empty ? 0 : multiply({fields[0], fields[1]}, inverse).hi;
   if (task.unscale != nullptr) *task.unscale = empty ? 0 : 1;
 }
 
@@ -84,18 +78,16 @@ KDK_DEVICE void scale_rows(const ScaleArgs& args) {
     const float unscale = args.unscale[args.grad.dtype == DType::kFloat16 ? row : 0];
     const float factor = args.upstream[args.per_row ? row : 0] * unscale;
     if (unscale == 0 || factor == 1) continue;
-    const Side side =
-        side_of(row_pointer(args.grad, row / args.length, row % args.length), args.grad.dtype, 0);
-    const std::int64_t step = static_cast<std::int64_t>(block_threads()) * kChunk;
-    for (std::int64_t column = thread_rank() * kChunk; column < args.vocab_size; column += step) {
-      const std::int64_t left = args.vocab_size - column;
-      const int n = left < kChunk ? static_cast<int>(left) : kChunk;
+    const Side side{
+        static_cast<char*>(row_pointer(args.grad, row / args.length, row % args.length)),
+        args.grad.dtype};
+    for_each_chunk(static_cast<int>(args.vocab_size), [&](int column, int n) {
       float values[kChunk];
-      load_chunk(side, column, n, values);
+      load_chunk<false>(side, column, n, values);
       KDK_UNROLL
       for (int i = 0; i < kChunk; ++i) values[i] *= factor;
-      store_chunk(side, column, n, values);
-    }
+      store_chunk<false>(side, column, n, values);
+    });
   }
 }
 

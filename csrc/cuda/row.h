@@ -1,8 +1,8 @@
-// A row over the blocks of a cluster: its statistics, its terms, its gradient. Where the logits
-// lie, in shared memory or in the tensors, is the caller's business: see distill_kernel.h.
+// A row over the blocks of a team: its statistics, its terms, its gradient. Where the logits lie,
+// in shared memory or in the tensors, is the caller's business: see distill_kernel.h.
 //
 //   1. statistics: maxima, Σ e^{(s − max)/T}, Σ e^{(t − max)/T}, Σ_{j≠y} e^{s − max}, the far
-//      forward KL; reduced over the cluster;
+//      forward KL; reduced over the team;
 //   2. for divergences whose gradient holds a sum over the row: D and Σ q φ;
 //   3. the gradient, and a near forward KL.
 #pragma once
@@ -14,6 +14,47 @@
 namespace kdk {
 namespace gpu {
 
+// What a kernel computes, so far as it is compiled for it.
+template <Divergence kDivergence_, bool kDistill_, bool kHard_, int kPower_, bool kWhole_>
+struct Kind {
+  static constexpr Divergence kDivergence = kDivergence_;
+  static constexpr bool kDistill = kDistill_, kHard = kHard_;  // the terms
+  static constexpr int kPower = kPower_;  // e^s is that power of e^{s/T}; 0: by itself
+  // Every chunk lies in shared memory, aligned and whole: see load_chunk.
+  static constexpr bool kWhole = kWhole_;
+};
+
+// What every thread knows of the row in hand.
+struct Row {
+  std::int64_t index;
+  int columns;            // of this block
+  int label;              // its column here; of another block: any other number
+  Side student, teacher;  // where to read
+  Side grad;              // where to write, may be the student's
+  float s_label, t_label;
+};
+
+// body(column, n, s, t) with each chunk's logits; without a teacher t is −inf.
+template <typename K, typename Body>
+KDK_DEVICE void for_each_logits(const Row& row, const Body& body) {
+  for_each_chunk(row.columns, [&](int column, int n) {
+    float s[kChunk], t[kChunk];
+    load_chunk<K::kWhole>(row.student, column, n, s);
+    if constexpr (K::kDistill) {
+      load_chunk<K::kWhole>(row.teacher, column, n, t);
+    } else {
+      KDK_UNROLL
+      for (int i = 0; i < kChunk; ++i) t[i] = -kInfinity;
+    }
+    body(column, n, s, t);
+  });
+}
+
+// Whether the label is one of the chunk's columns, and which.
+KDK_DEVICE bool holds_label(const Row& row, int column) {
+  return row.label >= column && row.label < column + kChunk;
+}
+
 // ---- Sweep 1: statistics ----------------------------------------------------------------------
 
 struct Sums {
@@ -21,8 +62,6 @@ struct Sums {
   float z_s, z_t;  // Σ e^{(s − max_s)/T}, Σ e^{(t − max_t)/T}
   float gap;       // Σ e^{(t − max_t)/T} ((s − max_s) − (t − max_t))
   float z_rest;    // Σ_{j≠y} e^{s_j − max_s}
-  float offset;    // Σ (s − max_s) over `count` columns, where labels are smoothed
-  float count;
 };
 
 // What differences are taken from: the maximum, or 0 while everything is −inf.
@@ -36,94 +75,46 @@ KDK_DEVICE TwoFloats drop(float from, float to) {
 }
 
 // New maxima: the sums as they would be had they been known from the beginning.
+template <typename K>
 KDK_DEVICE void raise_maxima(const RowTask& task, float max_s, float max_t, Sums& sums) {
   const TwoFloats d_s = drop(sums.max_s, max_s), d_t = drop(sums.max_t, max_t);
-  if (d_s.hi != 0 || d_t.hi != 0) {
+  if constexpr (K::kDistill) {
     const float factor_t = exp_of<true>(d_t.hi, d_t.lo, task.rate);
     sums.gap = factor_t * (sums.gap + sums.z_t * (d_s.hi - d_t.hi));
     sums.z_t *= factor_t;
     sums.z_s *= exp_of<true>(d_s.hi, d_s.lo, task.rate);
-    // A confident row's loss is as exact as this factor.
-    sums.z_rest *= exp_of<true>(d_s.hi, d_s.lo, kUnitRate);
-    sums.offset += sums.count * d_s.hi;
   }
+  // A confident row's loss is as exact as this factor.
+  if constexpr (K::kHard) sums.z_rest *= exp_of<true>(d_s.hi, d_s.lo, kUnitRate);
   sums.max_s = larger(sums.max_s, max_s);
   sums.max_t = larger(sums.max_t, max_t);
 }
 
-KDK_DEVICE void merge(const RowTask& task, Sums& into, Sums other) {
-  const float max_s = larger(into.max_s, other.max_s), max_t = larger(into.max_t, other.max_t);
-  raise_maxima(task, max_s, max_t, into);
-  raise_maxima(task, max_s, max_t, other);
-  into.z_s += other.z_s;
-  into.z_t += other.z_t;
-  into.gap += other.gap;
-  into.z_rest += other.z_rest;
-  into.offset += other.offset;
-  into.count += other.count;
-}
-
-// ---- A row ------------------------------------------------------------------------------------
-
-// What every thread knows of the row in hand.
-struct Row {
-  std::int64_t index;
-  std::int64_t begin, end;  // this block's columns
-  std::int64_t label;       // of the hard term, or -1
-  Side student, teacher;    // where to read
-  Side memory;              // the gradient in memory
-  Side staged;              // and in shared memory, from where its interior is stored
-  Interior interior;        // empty: all goes to memory at once
-  float s_label, t_label;
-};
-
-// body(column, n) for each of the thread's chunks.
-template <typename Body>
-KDK_DEVICE void for_each_chunk(const Row& row, const Body& body) {
-  const std::int64_t step = static_cast<std::int64_t>(block_threads()) * kChunk;
-  for (std::int64_t column = row.begin + thread_rank() * kChunk; column < row.end; column += step) {
-    const std::int64_t left = row.end - column;
-    body(column, left < kChunk ? static_cast<int>(left) : kChunk);
-  }
-}
-
-// body(column, n, s, t) with the chunk's logits; without kTeacher t is not read and −inf.
-template <bool kTeacher, typename Body>
-KDK_DEVICE void for_each_logits(const Row& row, const Body& body) {
-  for_each_chunk(row, [&](std::int64_t column, int n) {
-    float s[kChunk], t[kChunk];
-    load_chunk(row.student, column, n, s);
-    if constexpr (kTeacher) {
-      load_chunk(row.teacher, column, n, t);
-    } else {
-      KDK_UNROLL
-      for (int i = 0; i < kChunk; ++i) t[i] = -kInfinity;
-    }
-    body(column, n, s, t);
-  });
-}
-
-template <bool kDistill, bool kHard, int kPower>
+template <typename K>
 KDK_DEVICE Sums add_chunks(const RowTask& task, const Row& row) {
-  Sums sums{-kInfinity, -kInfinity, 0, 0, 0, 0, 0, 0};
-  for_each_logits<kDistill>(row, [&](auto column, int n, auto& s, auto& t) {
+  Sums sums{-kInfinity, -kInfinity, 0, 0, 0, 0};
+  for_each_logits<K>(row, [&](int column, int, auto& s, auto& t) {
     // The label's column is added at the end, by itself.
-    const std::int64_t label = kHard ? row.label - column : -1;
+    if (K::kHard && holds_label(row, column)) {
+      KDK_UNROLL
+      for (int i = 0; i < kChunk; ++i) {
+        if (column + i == row.label) s[i] = t[i] = -kInfinity;
+      }
+    }
     float max_s = sums.max_s, max_t = sums.max_t;
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-      if (i == label) s[i] = -kInfinity;
-      if (i == label) t[i] = -kInfinity;
       max_s = larger(s[i], max_s);
       max_t = larger(t[i], max_t);
     }
-    if (max_s > sums.max_s || max_t > sums.max_t) raise_maxima(task, max_s, max_t, sums);
+    if (max_s > sums.max_s || max_t > sums.max_t) raise_maxima<K>(task, max_s, max_t, sums);
     max_s = anchor(max_s);
     max_t = anchor(max_t);
     Terms terms[kChunk];
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-      terms[i] = terms_of<kDistill, kHard, kPower, true>(s[i], t[i], max_s, max_t, task.rate);
+      terms[i] =
+          terms_of<K::kDistill, K::kHard, K::kPower, true>(s[i], t[i], max_s, max_t, task.rate);
     }
     const Terms all = ((terms[0] + terms[1]) + (terms[2] + terms[3])) +
                       ((terms[4] + terms[5]) + (terms[6] + terms[7]));
@@ -131,66 +122,54 @@ KDK_DEVICE Sums add_chunks(const RowTask& task, const Row& row) {
     sums.z_t += all.z_t;
     sums.gap += all.gap;
     sums.z_rest += all.z_rest;
-    if (kHard && task.label_smoothing > 0) {
-      KDK_UNROLL
-      for (int i = 0; i < kChunk; ++i) {
-        if (i < n && i != label) {
-          sums.offset += s[i] - max_s;
-          sums.count += 1;
-        }
-      }
-    }
   });
   return sums;
 }
 
-KDK_DEVICE Sums label_sums(const Row& row, bool distill) {
+template <typename K>
+KDK_DEVICE void add_label(const RowTask& task, const Row& row, Sums& sums) {
   const float x = row.s_label - anchor(row.s_label), y = row.t_label - anchor(row.t_label);
-  Sums sums{row.s_label, row.t_label, x == 0 ? 1.0f : 0.0f, y == 0 ? 1.0f : 0.0f, 0, 0, x, 1};
-  sums.gap = y == 0 ? x - y : 0.0f;
-  if (x != x) sums.z_s = x;
-  if (y != y) sums.z_t = y;
-  if (!distill) sums.z_s = sums.z_t = sums.gap = 0;
-  return sums;
+  raise_maxima<K>(task, larger(row.s_label, sums.max_s), larger(row.t_label, sums.max_t), sums);
+  if constexpr (K::kDistill) {
+    Sums own{row.s_label, row.t_label, x == 0 ? 1.0f : 0.0f, y == 0 ? 1.0f : 0.0f, 0, 0};
+    own.gap = y == 0 ? x - y : 0.0f;
+    if (x != x) own.z_s = x;
+    if (y != y) own.z_t = y;
+    raise_maxima<K>(task, sums.max_s, sums.max_t, own);
+    sums.z_s += own.z_s;
+    sums.z_t += own.z_t;
+    sums.gap += own.gap;
+  }
 }
 
-KDK_DEVICE Sums statistics(const RowTask& task, const Row& row, bool distill, bool hard,
-                           Exchange& exchange, int& turn) {
-  Sums sums;
-  if (!hard) {
-    sums = add_chunks<true, false, 0>(task, row);
-  } else if (!distill) {
-    sums = add_chunks<false, true, 0>(task, row);
-  } else if (task.power == 1) {
-    sums = add_chunks<true, true, 1>(task, row);
-  } else if (task.power == 2) {
-    sums = add_chunks<true, true, 2>(task, row);
-  } else if (task.power == 3) {
-    sums = add_chunks<true, true, 3>(task, row);
-  } else if (task.power == 4) {
-    sums = add_chunks<true, true, 4>(task, row);
-  } else {
-    sums = add_chunks<true, true, 0>(task, row);
-  }
-  float fields[8] = {sums.max_s, sums.max_t,  sums.z_s,    sums.z_t,
-                     sums.gap,   sums.z_rest, sums.offset, sums.count};
-  const auto sums_of = [](const float (&from)[8]) {
-    return Sums{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7]};
+template <typename K>
+KDK_DEVICE Sums statistics(const RowTask& task, const Row& row, Team& team) {
+  Sums sums = add_chunks<K>(task, row);
+  float fields[6] = {sums.max_s, sums.max_t, sums.z_s, sums.z_t, sums.gap, sums.z_rest};
+  const float neutral[6] = {-kInfinity, -kInfinity, 0, 0, 0, 0};
+  const auto sums_of = [](const float (&from)[6]) {
+    return Sums{from[0], from[1], from[2], from[3], from[4], from[5]};
   };
-  team_reduce(fields, exchange, turn, [&](float (&into)[8], const float (&other)[8]) {
-    Sums merged = sums_of(into);
-    merge(task, merged, sums_of(other));
-    into[0] = merged.max_s;
-    into[1] = merged.max_t;
-    into[2] = merged.z_s;
-    into[3] = merged.z_t;
-    into[4] = merged.gap;
-    into[5] = merged.z_rest;
-    into[6] = merged.offset;
-    into[7] = merged.count;
+  team_reduce(fields, neutral, team, [&](float (&mine)[6], int lanes) {
+    float maxima[2] = {mine[0], mine[1]};
+    reduce_lanes(maxima, lanes, [](float (&into)[2], const float (&other)[2]) {
+      into[0] = larger(other[0], into[0]);
+      into[1] = larger(other[1], into[1]);
+    });
+    Sums raised = sums_of(mine);
+    raise_maxima<K>(task, maxima[0], maxima[1], raised);
+    float rest[4] = {raised.z_s, raised.z_t, raised.gap, raised.z_rest};
+    reduce_lanes(rest, lanes, [](float (&into)[4], const float (&other)[4]) {
+      KDK_UNROLL
+      for (int i = 0; i < 4; ++i) into[i] += other[i];
+    });
+    mine[0] = raised.max_s;
+    mine[1] = raised.max_t;
+    KDK_UNROLL
+    for (int i = 0; i < 4; ++i) mine[2 + i] = rest[i];
   });
   sums = sums_of(fields);
-  if (hard) merge(task, sums, label_sums(row, distill));
+  if constexpr (K::kHard) add_label<K>(task, row, sums);
   return sums;
 }
 
@@ -200,7 +179,22 @@ KDK_DEVICE float hard_normaliser(const Row& row, const Sums& sums) {
   return sums.z_rest + exp_of<true>(x.hi, x.lo, kUnitRate);
 }
 
-KDK_DEVICE float cross_entropy(const RowTask& task, const Row& row, const Sums& sums) {
+// Σ (s − max_s), where labels are smoothed.
+template <typename K>
+KDK_DEVICE float sum_of_offsets(const Row& row, const Sums& sums, Team& team) {
+  float offset[1] = {0};
+  for_each_chunk(row.columns, [&](int column, int n) {
+    float s[kChunk];
+    load_chunk<K::kWhole>(row.student, column, n, s);
+    KDK_UNROLL
+    for (int i = 0; i < kChunk; ++i) offset[0] += i < n ? s[i] - sums.max_s : 0.0f;
+  });
+  team_sum(offset, team);
+  return offset[0];
+}
+
+template <typename K>
+KDK_DEVICE float cross_entropy(const RowTask& task, const Row& row, const Sums& sums, Team& team) {
   // Neither form subtracts what cancels: at the maximum the loss is the log of 1 + the rest,
   // elsewhere both summands are positive.
   const float x_label = row.s_label - anchor(sums.max_s);
@@ -208,19 +202,12 @@ KDK_DEVICE float cross_entropy(const RowTask& task, const Row& row, const Sums& 
   const float nll = x_label == 0 ? log1p_of(sums.z_rest) : log_z - x_label;
   const float smoothing = task.label_smoothing;
   if (smoothing == 0) return nll;
-  const float uniform = log_z - sums.offset / static_cast<float>(task.columns);
+  const float offset = sum_of_offsets<K>(row, sums, team);
+  const float uniform = log_z - offset / static_cast<float>(task.columns);
   return (smoothing < 1 ? (1 - smoothing) * nll : 0.0f) + smoothing * uniform;
 }
 
 // ---- Sweeps 2 and 3 ---------------------------------------------------------------------------
-
-template <int kFields>
-KDK_DEVICE void team_sum(float (&values)[kFields], Exchange& exchange, int& turn) {
-  team_reduce(values, exchange, turn, [](float (&into)[kFields], const float (&other)[kFields]) {
-    KDK_UNROLL
-    for (int i = 0; i < kFields; ++i) into[i] += other[i];
-  });
-}
 
 KDK_DEVICE RowFrame make_frame(const RowTask& task, const Sums& sums, TwoFloats log_ratio) {
   RowFrame frame;
@@ -235,12 +222,13 @@ KDK_DEVICE RowFrame make_frame(const RowTask& task, const Sums& sums, TwoFloats 
 }
 
 // Σ (e^{(s − max_s)/T} − e^{(t − max_t)/T}), each difference taken before it is rounded.
+template <typename K>
 KDK_DEVICE float normaliser_difference(const RowTask& task, const Row& row, const Sums& sums,
-                                       Exchange& exchange, int& turn) {
+                                       Team& team) {
   RowFrame frame = make_frame(task, sums, {0, 0});
   frame.inv_z_s = frame.inv_z_t = 1;
   float total[1] = {0};
-  for_each_logits<true>(row, [&](auto, int, const auto& s, const auto& t) {
+  for_each_logits<K>(row, [&](int, int, const auto& s, const auto& t) {
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
       const float e_s = exp_of(s[i] - frame.max_s, frame.rate);
@@ -248,65 +236,43 @@ KDK_DEVICE float normaliser_difference(const RowTask& task, const Row& row, cons
       total[0] += element(s[i], t[i], e_s, e_t, frame).difference;
     }
   });
-  team_sum(total, exchange, turn);
+  team_sum(total, team);
   return total[0];
 }
 
-// D, Σ q and Σ q φ, for the divergences whose gradient needs the latter.
+// D and Σ q φ, for the divergences whose gradient needs the latter.
 struct Slope {
   float value;
   TwoFloats mean;  // Σ q φ / Σ q, of q and φ as they were rounded
 };
 
-template <Divergence kDivergence>
+template <typename K>
 KDK_DEVICE Slope mean_slope(const RowTask& task, const Row& row, const RowFrame& frame,
-                            Exchange& exchange, int& turn) {
+                            Team& team) {
   float value = 0;
   TwoFloats mass{0, 0}, slope{0, 0};
-  for_each_logits<true>(row, [&](auto, int, const auto& s, const auto& t) {
+  for_each_logits<K>(row, [&](int, int, const auto& s, const auto& t) {
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-      const Visit at = visit<kDivergence, true, false, 0, Care::kNear>(
+      const Visit at = visit<K::kDivergence, true, false, 0, Care::kNear>(
           s[i], t[i], frame, GradientFrame{}, task.w_p, task.w_q);
       value += at.term;
       mass = add(mass, {at.q, 0});
       slope = add(slope, two_product(at.q, at.slope));
     }
   });
-  float fields[5] = {value, mass.hi, mass.lo, slope.hi, slope.lo};
-  team_reduce(fields, exchange, turn, [](float (&into)[5], const float (&other)[5]) {
-    into[0] += other[0];
-    const TwoFloats sum = add({into[1], into[2]}, {other[1], other[2]});
-    const TwoFloats slopes = add({into[3], into[4]}, {other[3], other[4]});
-    into[1] = sum.hi;
-    into[2] = sum.lo;
-    into[3] = slopes.hi;
-    into[4] = slopes.lo;
-  });
-  return {fields[0], divide({fields[3], fields[4]}, {fields[1], fields[2]})};
+  float fields[5] = {mass.hi, mass.lo, slope.hi, slope.lo, value};
+  team_sum_pairs<2>(fields, team);
+  return {fields[4], divide({fields[2], fields[3]}, {fields[0], fields[1]})};
 }
 
-// Where columns go: into shared memory what the bulk store takes, the rest to memory.
-KDK_DEVICE void put_chunk(const Row& row, std::int64_t column, int n,
-                          const float (&values)[kChunk]) {
-  if (column >= row.interior.begin && column + n <= row.interior.end) {
-    store_chunk(row.staged, column, n, values);
-  } else if (column >= row.interior.end || column + n <= row.interior.begin) {
-    store_chunk(row.memory, column, n, values);
-  } else {
-    KDK_UNROLL
-    for (int i = 0; i < kChunk; ++i) {
-      const bool inside = column + i >= row.interior.begin && column + i < row.interior.end;
-      if (i < n) store_one(inside ? row.staged : row.memory, column + i, values[i]);
-    }
-  }
-}
-
+template <typename K>
 KDK_DEVICE void fill_row(const Row& row, float value) {
   float values[kChunk];
   KDK_UNROLL
   for (int i = 0; i < kChunk; ++i) values[i] = value;
-  for_each_chunk(row, [&](std::int64_t column, int n) { put_chunk(row, column, n, values); });
+  for_each_chunk(row.columns,
+                 [&](int column, int n) { store_chunk<K::kWhole>(row.grad, column, n, values); });
 }
 
 struct Swept {
@@ -314,74 +280,37 @@ struct Swept {
   float peak;   // the largest entry, where nothing is stored
 };
 
-template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare>
-KDK_DEVICE Swept gradient_chunks(const RowTask& task, const Row& row, const RowFrame& frame,
-                                 const GradientFrame& gradient, float label_gradient, bool store) {
+template <typename K, Care kCare>
+KDK_DEVICE Swept gradient_sweep(const RowTask& task, const Row& row, const RowFrame& frame,
+                                const GradientFrame& gradient, float label_gradient, bool store) {
   Swept swept{0, 0};
-  for_each_logits<kDistill>(row, [&](auto column, int n, const auto& s, const auto& t) {
+  for_each_logits<K>(row, [&](int column, int n, const auto& s, const auto& t) {
     float parts[kChunk];
-    const std::int64_t label = kHard ? row.label - column : -1;
     float value = 0;
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-      const Visit at = visit<kDivergence, kDistill, kHard, kPower, kCare>(
+      const Visit at = visit<K::kDivergence, K::kDistill, K::kHard, K::kPower, kCare>(
           s[i], t[i], frame, gradient, task.w_p, task.w_q);
       value += at.term;
-      parts[i] = i == label ? label_gradient : at.part;
-      if (!store && i < n) swept.peak = larger(absolute(parts[i]), swept.peak);
+      parts[i] = at.part;
     }
     swept.value += value;
-    if (store) put_chunk(row, column, n, parts);
+    if (K::kHard && holds_label(row, column)) {
+      KDK_UNROLL
+      for (int i = 0; i < kChunk; ++i) {
+        if (column + i == row.label) parts[i] = label_gradient;
+      }
+    }
+    if (store) {
+      store_chunk<K::kWhole>(row.grad, column, n, parts);
+    } else {
+      KDK_UNROLL
+      for (int i = 0; i < kChunk; ++i) {
+        if (i < n) swept.peak = larger(absolute(parts[i]), swept.peak);
+      }
+    }
   });
   return swept;
-}
-
-template <Divergence kDivergence, bool kDistill, Care kCare>
-KDK_DEVICE Swept gradient_sweep(const RowTask& task, const Row& row, const Sums& sums,
-                                const RowFrame& frame, TwoFloats slope, TwoFloats scale, bool hard,
-                                bool store) {
-  const TwoFloats distill = multiply(scale, task.grad_distill);
-  GradientFrame gradient{};
-  gradient.distill = distill.hi;
-  gradient.mean_slope = slope;
-  if constexpr (kDistill) {
-    gradient.student = divide(distill, {sums.z_s, 0}).hi;
-    gradient.teacher = divide(distill, {sums.z_t, 0}).hi;
-  }
-  if (!hard) {
-    return gradient_chunks<kDivergence, kDistill, false, 0, kCare>(task, row, frame, gradient, 0,
-                                                                   store);
-  }
-  const TwoFloats weight = multiply(scale, task.grad_hard);
-  const float normaliser = hard_normaliser(row, sums);
-  gradient.hard = divide(weight, {normaliser, 0}).hi;
-  gradient.smoothing = multiply(weight, task.smoothing).hi;
-  // The cross-entropy's share at the label is −Σ_{j≠y} q_j and not q_y − 1, which a confident row
-  // would lose to rounding.
-  float label = weight.hi * ((0 - sums.z_rest / normaliser) + task.smoothed_label);
-  if constexpr (kDistill) {
-    label += visit<kDivergence, true, false, 0, kCare>(row.s_label, row.t_label, frame, gradient,
-                                                       task.w_p, task.w_q)
-                 .part;
-  }
-  if constexpr (kDistill && kDivergence == Divergence::kForwardKL) {
-    switch (task.power) {
-      case 1:
-        return gradient_chunks<kDivergence, kDistill, true, 1, kCare>(task, row, frame, gradient,
-                                                                      label, store);
-      case 2:
-        return gradient_chunks<kDivergence, kDistill, true, 2, kCare>(task, row, frame, gradient,
-                                                                      label, store);
-      case 3:
-        return gradient_chunks<kDivergence, kDistill, true, 3, kCare>(task, row, frame, gradient,
-                                                                      label, store);
-      case 4:
-        return gradient_chunks<kDivergence, kDistill, true, 4, kCare>(task, row, frame, gradient,
-                                                                      label, store);
-    }
-  }
-  return gradient_chunks<kDivergence, kDistill, true, 0, kCare>(task, row, frame, gradient, label,
-                                                                store);
 }
 
 // Divided by the number of tokens and spread over the vocabulary, most of a float16 gradient would
@@ -395,105 +324,117 @@ KDK_DEVICE float float16_prescale(float peak) {
   return from_bits(static_cast<std::uint32_t>(held + 127) << 23);
 }
 
-// gradient_sweep, for float16 at the row's own scale.
-template <Divergence kDivergence, bool kDistill, Care kCare>
-KDK_DEVICE float write_gradient(const RowTask& task, const Row& row, const Sums& sums,
-                                const RowFrame& frame, TwoFloats slope, TwoFloats scale, bool hard,
-                                Exchange& exchange, int& turn) {
-  if (task.grad.dtype == DType::kFloat16) {
-    float peak[1] = {gradient_sweep<kDivergence, kDistill, kCare>(task, row, sums, frame, slope,
-                                                                  {1, 0}, hard, false)
-                         .peak};
-    team_reduce(peak, exchange, turn, [](float (&into)[1], const float (&other)[1]) {
-      into[0] = larger(into[0], other[0]);
-    });
-    const float prescale = float16_prescale(absolute(scale.hi) * peak[0]);
-    if (thread_rank() == 0 && block_rank() == 0) task.unscale[row.index] = 1 / prescale;
-    scale = {scale.hi * prescale, scale.lo * prescale};
-  }
-  float value[1] = {
-      gradient_sweep<kDivergence, kDistill, kCare>(task, row, sums, frame, slope, scale, hard, true)
-          .value};
-  if constexpr (kDistill && kDivergence == Divergence::kForwardKL && kCare == Care::kNear) {
-    team_sum(value, exchange, turn);
-  }
-  return value[0];
-}
-
-// ---- The terms of a row -----------------------------------------------------------------------
-
 struct Pass {
-  bool distill, hard;  // the terms to compute
   bool gradient;
   TwoFloats scale;  // of the gradient
 };
+
+// The gradient, for float16 at the row's own scale, where the pass wants it; D of a near forward
+// KL.
+template <typename K, Care kCare>
+KDK_DEVICE float write_gradient(const RowTask& task, const Row& row, const Sums& sums,
+                                const RowFrame& frame, TwoFloats slope, const Pass& pass,
+                                Team& team) {
+  const bool prescaled = pass.gradient && task.grad.dtype == DType::kFloat16;
+  TwoFloats scale = pass.scale;
+  Swept swept{0, 0};
+  KDK_ROLLED
+  for (int sweep = prescaled ? 0 : 1; sweep < 2; ++sweep) {
+    const bool measures = sweep == 0;
+    const TwoFloats factor = measures ? TwoFloats{1, 0} : scale;
+    const TwoFloats distill = multiply(factor, task.grad_distill);
+    GradientFrame gradient{};
+    gradient.distill = distill.hi;
+    gradient.mean_slope = slope;
+    if constexpr (K::kDistill) {
+      gradient.student = divide(distill, {sums.z_s, 0}).hi;
+      gradient.teacher = divide(distill, {sums.z_t, 0}).hi;
+    }
+    float label = 0;
+    if constexpr (K::kHard) {
+      const TwoFloats weight = multiply(factor, task.grad_hard);
+      const float normaliser = hard_normaliser(row, sums);
+      gradient.hard = divide(weight, {normaliser, 0}).hi;
+      gradient.smoothing = multiply(weight, task.smoothing).hi;
+      // The cross-entropy's share at the label is −Σ_{j≠y} q_j and not q_y − 1, which a confident
+      // row would lose to rounding.
+      label = weight.hi * ((0 - sums.z_rest / normaliser) + task.smoothed_label);
+      if constexpr (K::kDistill) {
+        label += visit<K::kDivergence, true, false, 0, kCare>(row.s_label, row.t_label, frame,
+                                                              gradient, task.w_p, task.w_q)
+                     .part;
+      }
+    }
+    swept = gradient_sweep<K, kCare>(task, row, frame, gradient, label, pass.gradient && !measures);
+    if (measures) {
+      const float peak = absolute(scale.hi) * team_max(swept.peak, team);
+      const float prescale = float16_prescale(peak);
+      if (leads(team)) task.unscale[row.index] = 1 / prescale;
+      scale = {scale.hi * prescale, scale.lo * prescale};
+    }
+  }
+  return swept.value;
+}
+
+// ---- The terms of a row -----------------------------------------------------------------------
 
 struct RowLoss {
   float distill, hard;
 };
 
-template <Divergence kDivergence>
+template <typename K>
 KDK_DEVICE float divergence(const RowTask& task, const Row& row, const Sums& sums, const Pass& pass,
-                            Exchange& exchange, int& turn) {
+                            Team& team) {
   TwoFloats log = log_ratio(sums.z_s, sums.z_t);
   // Infinite or NaN where the student rules a class out that the teacher does not.
   const float kl = (log.hi - sums.gap / (task.temperature.hi * sums.z_t)) + log.lo;
   if (kl < static_cast<float>(kNearKL)) {
-    log = {log1p_of(normaliser_difference(task, row, sums, exchange, turn) / sums.z_t), 0};
+    log = {log1p_of(normaliser_difference<K>(task, row, sums, team) / sums.z_t), 0};
   }
   const RowFrame frame = make_frame(task, sums, log);
-  if constexpr (kDivergence == Divergence::kForwardKL) {
+  if constexpr (K::kDivergence == Divergence::kForwardKL) {
     const bool far = kl >= static_cast<float>(kFarKL) * (1 + absolute(log.hi)) && kl < kInfinity;
-    if (far && (!pass.gradient || task.student.dtype != DType::kFloat16)) {
-      if (pass.gradient) {
-        write_gradient<kDivergence, true, Care::kFar>(task, row, sums, frame, {0, 0}, pass.scale,
-                                                      pass.hard, exchange, turn);
-      }
+    if (far && !pass.gradient) return kl;
+    // float16 shows more of a gradient's bits than float32's far form has.
+    if (far && task.student.dtype != DType::kFloat16) {
+      write_gradient<K, Care::kFar>(task, row, sums, frame, {0, 0}, pass, team);
       return kl;
     }
-    if (pass.gradient) {
-      // float16 shows more of a gradient's bits than float32's far form has.
-      const float near = write_gradient<kDivergence, true, Care::kNear>(
-          task, row, sums, frame, {0, 0}, pass.scale, pass.hard, exchange, turn);
-      return far ? kl : near;
-    }
-    float value[1] = {gradient_chunks<kDivergence, true, false, 0, Care::kNear>(
-                          task, row, frame, GradientFrame{}, 0, false)
-                          .value};
-    team_sum(value, exchange, turn);
+    float value[1] = {write_gradient<K, Care::kNear>(task, row, sums, frame, {0, 0}, pass, team)};
+    if (far) return kl;
+    team_sum(value, team);
     return value[0];
   } else {
-    const Slope slope = mean_slope<kDivergence>(task, row, frame, exchange, turn);
+    const Slope slope = mean_slope<K>(task, row, frame, team);
     if (!pass.gradient) return slope.value;
     if (!(absolute(slope.value) < kInfinity)) {
-      fill_row(row, kNaN);  // the reverse KL where the teacher rules a class out
+      fill_row<K>(row, kNaN);  // the reverse KL where the teacher rules a class out
     } else {
-      write_gradient<kDivergence, true, Care::kNear>(task, row, sums, frame, slope.mean, pass.scale,
-                                                     pass.hard, exchange, turn);
+      write_gradient<K, Care::kNear>(task, row, sums, frame, slope.mean, pass, team);
     }
     return slope.value;
   }
 }
 
 // `loaded()` is called once every thread has read the row, so that the next one may be fetched.
-template <Divergence kDivergence, typename Loaded>
-KDK_DEVICE RowLoss evaluate(const RowTask& task, const Row& row, const Pass& pass,
-                            Exchange& exchange, int& turn, const Loaded& loaded) {
-  const Sums sums = statistics(task, row, pass.distill, pass.hard, exchange, turn);
+template <typename K, typename Loaded>
+KDK_DEVICE RowLoss evaluate(const RowTask& task, const Row& row, const Pass& pass, Team& team,
+                            const Loaded& loaded) {
+  const Sums sums = statistics<K>(task, row, team);
   loaded();
   // A NaN or +inf among the logits, or nothing but −inf, leaves no positive sum.
-  const bool distill_ok = !pass.distill || (sums.z_s > 0 && sums.z_t > 0);
-  const bool hard_ok = !pass.hard || hard_normaliser(row, sums) > 0;
+  const bool distill_ok = !K::kDistill || (sums.z_s > 0 && sums.z_t > 0);
+  const bool hard_ok = !K::kHard || hard_normaliser(row, sums) > 0;
   RowLoss loss{0, 0};
-  if (pass.hard) loss.hard = hard_ok ? cross_entropy(task, row, sums) : kNaN;
+  if constexpr (K::kHard) loss.hard = hard_ok ? cross_entropy<K>(task, row, sums, team) : kNaN;
   if (!distill_ok) loss.distill = kNaN;
   if (!distill_ok || !hard_ok) {
-    if (pass.gradient) fill_row(row, kNaN);
-  } else if (pass.distill) {
-    loss.distill = divergence<kDivergence>(task, row, sums, pass, exchange, turn);
+    if (pass.gradient) fill_row<K>(row, kNaN);
+  } else if constexpr (K::kDistill) {
+    loss.distill = divergence<K>(task, row, sums, pass, team);
   } else if (pass.gradient) {
-    write_gradient<Divergence::kForwardKL, false, Care::kFar>(
-        task, row, sums, make_frame(task, sums, {0, 0}), {0, 0}, pass.scale, true, exchange, turn);
+    write_gradient<K, Care::kFar>(task, row, sums, make_frame(task, sums, {0, 0}), {0, 0}, pass,
+                                  team);
   }
   return loss;
 }

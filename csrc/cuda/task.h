@@ -2,36 +2,31 @@
 // slow.
 #pragma once
 
-#include <algorithm>
+#include <type_traits>
 
-#include "common/args.h"
 #include "common/pairs.h"
+#include "cuda/plan.h"
 
 namespace kdk {
 namespace gpu {
 
-// How a row is shared out; see plan.h.
-struct Plan {
-  int threads;         // of a block, a multiple of 32
-  int cluster_blocks;  // blocks that share a row
-  int clusters;        // in the grid
-  int slice;           // columns of a block, a multiple of kChunk
-  int stages;          // rows in shared memory at a time; 0: rows are read from memory twice
-  int shared_bytes;    // of a block
-};
-
 struct RowTask {
-  std::int64_t rows, length, width, columns;  // B · L, L, V_s, V
+  std::int64_t rows, length, width;  // B · L, L, V_s
+  int columns;                       // V
   Rows student, teacher, grad;
   const std::int64_t* labels;
   const float* weights;
-  const float* mean;        // what `prepare` leaves: see there
+  Scratch* scratch;
   float* row_losses;        // (3, B · L)
   float* unscale;           // see DistillArgs
   std::int64_t* bad_label;  // 1 + a row whose label is out of range; only ever written
   std::int64_t ignore_index;
-  bool distill, hard, want_terms;
-  int power;  // T where that is 1, 2, 3 or 4, else 0
+  Divergence divergence;
+  bool distill, hard;  // the terms that this launch computes
+  bool main;           // it is the one that writes loss and gradient
+  bool others;         // and the one before has written the term that this one does not compute
+  bool want_terms;     // also of rows of weight 0
+  int power;           // T where e^s is taken as that power of e^{s/T}, else 0
   float w_p, w_q;
   TwoFloats rate, temperature;
   float inv_temperature;
@@ -43,30 +38,35 @@ struct RowTask {
   Plan plan;
 };
 
-inline RowTask make_row_task(const DistillArgs& args, const Plan& plan) {
+// All but the plan.
+inline RowTask make_row_task(const DistillArgs& args, Scratch* scratch, std::int64_t* bad_label) {
   const Objective& objective = args.objective;
   const auto columns = static_cast<double>(objective.vocab_size);
   RowTask task{};
   task.rows = args.batch * args.length;
   task.length = args.length;
   task.width = args.width;
-  task.columns = objective.vocab_size;
+  task.columns = static_cast<int>(objective.vocab_size);
   task.student = args.student;
   task.teacher = args.teacher;
   task.grad = args.grad;
   task.labels = args.labels;
   task.weights = args.weights;
+  task.scratch = scratch;
   task.row_losses = args.rows;
   task.unscale = args.unscale;
+  task.bad_label = bad_label;
   task.ignore_index = objective.ignore_index;
+  task.divergence = objective.divergence;
   task.distill = objective.distill_weight != 0;
   task.hard = objective.hard_weight != 0;
+  task.main = true;
   task.want_terms = objective.want_terms;
   task.power = small_power(objective.temperature);
   const Mixture mixture = mixture_of(objective);
   task.w_p = static_cast<float>(mixture.teacher);
   task.w_q = static_cast<float>(mixture.student);
-  task.rate = split(kLog2E / objective.temperature);
+  task.rate = split_rate(kLog2E / objective.temperature);
   task.temperature = split(objective.temperature);
   task.inv_temperature = static_cast<float>(1 / objective.temperature);
   task.grad_distill = split(objective.distill_weight / objective.temperature);
@@ -77,8 +77,44 @@ inline RowTask make_row_task(const DistillArgs& args, const Plan& plan) {
   task.label_smoothing = static_cast<float>(objective.label_smoothing);
   task.smoothing = split(objective.label_smoothing / columns);
   task.smoothed_label = static_cast<float>(objective.label_smoothing * (1 - 1 / columns));
-  task.plan = plan;
   return task;
+}
+
+// call(divergence) with the divergence whose kernels compute the task, as a constant. The
+// cross-entropy alone is among those of the forward KL.
+template <typename Call>
+auto with_divergence(const RowTask& task, const Call& call) {
+  switch (task.distill ? task.divergence : Divergence::kForwardKL) {
+    case Divergence::kReverseKL:
+      return call(std::integral_constant<Divergence, Divergence::kReverseKL>{});
+    case Divergence::kJSD:
+      return call(std::integral_constant<Divergence, Divergence::kJSD>{});
+    case Divergence::kSkewForwardKL:
+      return call(std::integral_constant<Divergence, Divergence::kSkewForwardKL>{});
+    case Divergence::kSkewReverseKL:
+      return call(std::integral_constant<Divergence, Divergence::kSkewReverseKL>{});
+    case Divergence::kTVD:
+      return call(std::integral_constant<Divergence, Divergence::kTVD>{});
+    default:
+      return call(std::integral_constant<Divergence, Divergence::kForwardKL>{});
+  }
+}
+
+// launch(task) for each launch that a call takes: the term that is wanted but not part of the loss
+// first, because the gradient may replace the logits.
+template <typename Launch>
+void for_each_launch(RowTask task, const Launch& launch) {
+  const bool other = task.distill ? task.labels != nullptr && !task.hard : true;
+  if (task.want_terms && other) {
+    RowTask before = task;
+    before.distill = !task.distill;
+    before.hard = !task.hard;
+    before.main = false;
+    before.grad = {};
+    launch(before);
+    task.others = true;
+  }
+  launch(task);
 }
 
 }  // namespace gpu

@@ -1,66 +1,185 @@
-// Reductions over the blocks that share a row: within a warp by shuffles, within a block and a
-// cluster through shared memory, always in the order of the ranks, so that every thread of every
-// block ends with the same bits.
+// The thread blocks that share a row, and their reductions: within a warp by shuffles, then over a
+// block's warps through shared memory, then over the blocks. Always in the order of the ranks, so
+// that every thread of every block ends with the same bits.
+//
+// The blocks are a cluster, which reads each other's shared memory, or, on GPUs without clusters,
+// meet in memory (Scratch).
 #pragma once
 
+#include "common/pairs.h"
 #include "cuda/primitives.h"
 
 namespace kdk {
 namespace gpu {
 
 constexpr int kMaxWarps = 16;
-constexpr int kMaxFields = 8;
+constexpr int kMaxFields = 6;
+constexpr int kMaxTeamBlocks = 32;  // a lane each
+constexpr int kMaxBlocks = 1024;    // of a grid whose blocks meet in memory
 
-// At the front of a block's shared memory.
+// At the front of a block's shared memory. What one reduction leaves is read while the next one
+// writes, hence the pairs.
 struct alignas(128) Exchange {
   Barrier arrived[2];
-  float warps[kMaxWarps][kMaxFields];
-  float blocks[2][kMaxFields];  // in turns: the next reduction writes while others still read
+  float warps[2][kMaxWarps][kMaxFields];
+  float blocks[2][kMaxFields];
 };
 
-// `combine(a, b)` adds b to a and must not care for their order.
-template <int kFields, typename Combine>
-KDK_DEVICE void team_reduce(float (&values)[kFields], Exchange& exchange, int& turn,
-                            const Combine& combine) {
-  static_assert(kFields <= kMaxFields);
-  float other[kFields];
-  KDK_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) {
-    KDK_UNROLL
-    for (int i = 0; i < kFields; ++i) other[i] = shuffle_xor(values[i], mask);
-    combine(values, other);
+// The memory of a call. What `prepare` (reduce_kernels.h) leaves there: 1 / the denominator of the
+// mean in two floats and whether it is 0; no arrivals.
+struct Scratch {
+  float inverse[2];
+  float empty;
+  std::uint32_t arrivals[kMaxBlocks];  // of a team
+  float blocks[2][kMaxBlocks][kMaxFields];
+};
+
+struct Team {
+  Exchange* exchange;
+  Scratch* scratch;  // null: a cluster
+  int rank, blocks;  // this block among its team's
+  int index, teams;  // this team among the grid's
+  int turn;
+  std::uint32_t met;
+};
+
+// The block's team, `blocks` strong; the cluster's where `scratch` is null.
+KDK_DEVICE Team join_team(int blocks, Scratch* scratch) {
+  Team team{};
+  team.exchange = reinterpret_cast<Exchange*>(shared_memory());
+  team.scratch = scratch;
+  if (scratch == nullptr) {
+    team.rank = block_rank();
+    team.blocks = cluster_blocks();
+    team.index = cluster_index();
+    team.teams = grid_clusters();
+  } else {
+    const int block = cluster_index() * cluster_blocks() + block_rank();
+    team.rank = block % blocks;
+    team.blocks = blocks;
+    team.index = block / blocks;
+    team.teams = grid_clusters() * cluster_blocks() / blocks;
   }
-  const int warps = block_threads() / 32;
-  if (thread_rank() % 32 == 0) {
-    KDK_UNROLL
-    for (int i = 0; i < kFields; ++i) exchange.warps[thread_rank() / 32][i] = values[i];
-  }
-  sync_block();
-  KDK_UNROLL
-  for (int i = 0; i < kFields; ++i) values[i] = exchange.warps[0][i];
-  for (int warp = 1; warp < warps; ++warp) {
-    KDK_UNROLL
-    for (int i = 0; i < kFields; ++i) other[i] = exchange.warps[warp][i];
-    combine(values, other);
-  }
-  if (cluster_blocks() == 1) {
-    sync_block();
+  return team;
+}
+
+KDK_DEVICE bool leads(const Team& team) { return thread_rank() == 0 && team.rank == 0; }
+
+// Leaves the block's values, the first thread's, for the team's other blocks and waits for theirs.
+template <int kFields>
+KDK_DEVICE void publish(const float (&values)[kFields], Team& team) {
+  if (team.scratch == nullptr) {
+    if (thread_rank() == 0) {
+      KDK_UNROLL
+      for (int i = 0; i < kFields; ++i) team.exchange->blocks[team.turn][i] = values[i];
+    }
+    sync_cluster();
     return;
   }
-  float* slot = exchange.blocks[turn];
-  turn ^= 1;
+  team.met += static_cast<std::uint32_t>(team.blocks);
   if (thread_rank() == 0) {
+    float* slot = team.scratch->blocks[team.turn][team.index * team.blocks + team.rank];
     KDK_UNROLL
     for (int i = 0; i < kFields; ++i) slot[i] = values[i];
+    memory_arrive(&team.scratch->arrivals[team.index]);
+    memory_await(&team.scratch->arrivals[team.index], team.met);
   }
-  sync_cluster();
-  KDK_UNROLL
-  for (int i = 0; i < kFields; ++i) values[i] = load_remote(slot + i, 0);
-  for (int rank = 1; rank < cluster_blocks(); ++rank) {
+  sync_block();
+}
+
+KDK_DEVICE float load_published(const Team& team, int rank, int field) {
+  if (team.scratch == nullptr) {
+    return load_remote(&team.exchange->blocks[team.turn][field], rank);
+  }
+  return load_from_block(&team.scratch->blocks[team.turn][team.index * team.blocks + rank][field]);
+}
+
+// The smallest one that is not below n.
+KDK_DEVICE int power_of_2(int n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// `reduce(values, lanes)` leaves with each of `lanes` neighbouring lanes, a power of 2, the
+// reduction over them; `neutral` is what adds nothing to it.
+template <int kFields, typename Reduce>
+KDK_DEVICE void team_reduce(float (&values)[kFields], const float (&neutral)[kFields], Team& team,
+                            const Reduce& reduce) {
+  static_assert(kFields <= kMaxFields);
+  auto& slots = team.exchange->warps[team.turn];
+  reduce(values, 32);
+  if (thread_rank() % 32 == 0) {
     KDK_UNROLL
-    for (int i = 0; i < kFields; ++i) other[i] = load_remote(slot + i, rank);
+    for (int i = 0; i < kFields; ++i) slots[thread_rank() / 32][i] = values[i];
+  }
+  sync_block();
+  const int warps = block_threads() / 32, lanes = power_of_2(warps);
+  const int warp = thread_rank() % lanes;
+  KDK_UNROLL
+  for (int i = 0; i < kFields; ++i) values[i] = warp < warps ? slots[warp][i] : neutral[i];
+  reduce(values, lanes);
+  if (team.blocks > 1) {
+    publish(values, team);
+    const int lanes = power_of_2(team.blocks), rank = thread_rank() % lanes;
+    KDK_UNROLL
+    for (int i = 0; i < kFields; ++i) {
+      values[i] = rank < team.blocks ? load_published(team, rank, i) : neutral[i];
+    }
+    reduce(values, lanes);
+  }
+  team.turn ^= 1;
+}
+
+// `combine(a, b)` adds b to a, in either order the same bits.
+template <int kFields, typename Combine>
+KDK_DEVICE void reduce_lanes(float (&values)[kFields], int lanes, const Combine& combine) {
+  KDK_ROLLED
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    float other[kFields];
+    shuffle_xor(values, mask, other);
     combine(values, other);
   }
+}
+
+template <int kFields>
+KDK_DEVICE void team_sum(float (&values)[kFields], Team& team) {
+  const float zeros[kFields] = {};
+  team_reduce(values, zeros, team, [](float (&mine)[kFields], int lanes) {
+    reduce_lanes(mine, lanes, [](float (&into)[kFields], const float (&other)[kFields]) {
+      KDK_UNROLL
+      for (int i = 0; i < kFields; ++i) into[i] += other[i];
+    });
+  });
+}
+
+// Sums of pairs of floats, one pair after the other; the rest, kFields − 2 kPairs, plain.
+template <int kPairs, int kFields>
+KDK_DEVICE void team_sum_pairs(float (&values)[kFields], Team& team) {
+  const float zeros[kFields] = {};
+  team_reduce(values, zeros, team, [](float (&mine)[kFields], int lanes) {
+    reduce_lanes(mine, lanes, [](float (&into)[kFields], const float (&other)[kFields]) {
+      KDK_UNROLL
+      for (int i = 0; i < 2 * kPairs; i += 2) {
+        const TwoFloats sum = add({into[i], into[i + 1]}, {other[i], other[i + 1]});
+        into[i] = sum.hi;
+        into[i + 1] = sum.lo;
+      }
+      KDK_UNROLL
+      for (int i = 2 * kPairs; i < kFields; ++i) into[i] += other[i];
+    });
+  });
+}
+
+KDK_DEVICE float team_max(float value, Team& team) {
+  const float neutral[1] = {-kInfinity};
+  float values[1] = {value};
+  team_reduce(values, neutral, team, [](float (&mine)[1], int lanes) {
+    reduce_lanes(mine, lanes, [](float (&into)[1], const float (&other)[1]) {
+      into[0] = other[0] > into[0] ? other[0] : into[0];
+    });
+  });
+  return values[0];
 }
 
 }  // namespace gpu

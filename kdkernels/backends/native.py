@@ -4,6 +4,7 @@ This file turns tensors into pointers, shapes and strides and allocates the outp
 else is C++.
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -23,12 +24,24 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/
 
 
 def unavailable(device_type):
-    """Why this backend cannot take tensors of a device type, or None."""
+    """Why this backend cannot take tensors of a device type (the current device), or None."""
     if _C is None:
         return f"{LOAD_ERROR} (python -m kdkernels.info says more)"
-    if device_type != "cpu":
-        return f"the compiled row operators of this version run on the CPU, not on {device_type}"
-    return None
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda" or torch.version.hip:
+        return "the compiled row operators run on CPUs and NVIDIA GPUs"
+    if not hasattr(_C, "distill_rows_cuda"):
+        return "kdkernels._C was built without CUDA (python -m kdkernels.info says why)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _no_code_for(torch.cuda.current_device())
+
+
+@functools.cache
+def _no_code_for(device):
+    error = _C.cuda_usable(device)
+    return error and f"kdkernels._C was built for other GPUs: {error}"
 
 
 def _rows(x):
@@ -49,13 +62,14 @@ def _pointer(x):
 def operators(distill, scale):
     """The row operators of `ops.SCHEMAS` over two compiled functions that take addresses.
 
-    `distill` and `scale` take what csrc/bind_args.h turns into C++; `distill` returns the first row
-    whose label is out of range, or -1.
+    `distill` and `scale` take the device and what csrc/bind_args.h turns into C++; `distill`
+    returns the first row whose label is out of range, or -1.
     """
 
     def compute(student, teacher, labels, weights, num_items, grad, want_terms, options):
         losses = ops.new_losses(student)
         bad_label = distill(
+            student.device,
             _sizes(student),
             _rows(student),
             _rows(teacher),
@@ -81,6 +95,7 @@ def operators(distill, scale):
 
     def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
         scale(
+            grad.device,
             _sizes(grad),
             _rows(grad),
             upstream.data_ptr(),
@@ -93,9 +108,66 @@ def operators(distill, scale):
     return dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
 
 
+def _distill_on_cpu(device, *args):
+    return _C.distill_rows_cpu(*args, torch.get_num_threads())
+
+
+def _scale_on_cpu(device, *args):
+    _C.scale_rows_cpu(*args, torch.get_num_threads())
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _bad_label(device):
+    """1 + a row whose label was out of range, written by the GPU: int64 (), page-locked."""
+    return torch.zeros((), dtype=torch.int64, pin_memory=True)
+
+
+def take_bad_label(device):
+    """A row whose label a call on `device` has found out of range since this was last asked.
+
+    Does not wait for the GPU: what it has still to compute is for whoever asks next. None if all is
+    well.
+    """
+    flag = _bad_label(device)
+    row = flag.item() - 1
+    if row < 0:
+        return None
+    flag.zero_()
+    return row
+
+
+def _raise_bad_label(device):
+    row = take_bad_label(device)
+    if row is not None:
+        raise IndexError(
+            f"an earlier call on {device} had a label that is neither in [0, vocab_size) nor "
+            f"ignore_index, at row {row}: loss and gradient of that row are NaN"
+        )
+
+
+def _call(device, scratch):
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return device.index, stream, scratch, _bad_label(device).data_ptr()
+
+
+def _distill_on_cuda(device, *args):
+    _raise_bad_label(device)
+    # Freed on return, which is safe: who gets this memory next uses it later on the same stream.
+    scratch = torch.empty(_C.CUDA_SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    _C.distill_rows_cuda(*args, _call(device, scratch.data_ptr()))
+    return -1
+
+
+def _scale_on_cuda(device, *args):
+    _raise_bad_label(device)
+    _C.scale_rows_cuda(*args, _call(device, 0))
+
+
 if _C is not None:
-    on_cpu = operators(
-        lambda *args: _C.distill_rows_cpu(*args, torch.get_num_threads()),
-        lambda *args: _C.scale_rows_cpu(*args, torch.get_num_threads()),
-    )
-    ops.register("native", "CPU", **on_cpu)
+    KERNELS = {"CPU": operators(_distill_on_cpu, _scale_on_cpu)}
+    if hasattr(_C, "distill_rows_cuda"):
+        KERNELS["CUDA"] = operators(_distill_on_cuda, _scale_on_cuda)
+    ops.register("native", KERNELS)

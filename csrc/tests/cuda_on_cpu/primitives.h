@@ -9,6 +9,7 @@
 #define KDK_DEVICE static inline
 #define KDK_DEVICE_METHOD inline
 #define KDK_UNROLL
+#define KDK_ROLLED
 #define KDK_HAS_CLUSTERS 1
 
 namespace kdk {
@@ -23,14 +24,24 @@ KDK_DEVICE int grid_clusters() { return runtime::place().clusters; }
 
 KDK_DEVICE char* shared_memory() { return runtime::place().shared; }
 
+KDK_DEVICE void sync_warp() { runtime::shuffle_xor(nullptr, 0, nullptr, 0); }
 KDK_DEVICE void sync_block() { runtime::sync_block(); }
 KDK_DEVICE void sync_cluster() { runtime::sync_cluster(); }
 
-KDK_DEVICE float shuffle_xor(float value, int mask) { return runtime::shuffle_xor(value, mask); }
+template <int kValues>
+KDK_DEVICE void shuffle_xor(const float (&values)[kValues], int mask, float (&received)[kValues]) {
+  runtime::shuffle_xor(values, mask, received, kValues);
+}
 
 KDK_DEVICE float load_remote(const float* shared, int rank) {
   return runtime::load_remote(shared, rank);
 }
+
+KDK_DEVICE void memory_arrive(std::uint32_t* arrivals) { runtime::memory_arrive(arrivals); }
+KDK_DEVICE void memory_await(const std::uint32_t* arrivals, std::uint32_t count) {
+  runtime::memory_await(arrivals, count);
+}
+KDK_DEVICE float load_from_block(const float* global) { return *global; }
 
 struct alignas(16) Bytes16 {
   std::uint32_t word[4];

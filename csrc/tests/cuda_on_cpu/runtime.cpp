@@ -49,14 +49,15 @@ enum class Where {
   kSyncBlock,
   kSyncCluster,
   kShuffle,
+  kMemoryAwait,
   kBarrierWait,
   kReturned,
 };
 
 constexpr std::pair<Where, const char*> kWaiting[] = {
-    {Where::kSyncBlock, "at sync_block"}, {Where::kSyncCluster, "at sync_cluster"},
-    {Where::kShuffle, "at shuffle_xor"},  {Where::kBarrierWait, "at barrier_wait"},
-    {Where::kReturned, "returned"},
+    {Where::kSyncBlock, "at sync_block"},     {Where::kSyncCluster, "at sync_cluster"},
+    {Where::kShuffle, "at shuffle_xor"},      {Where::kMemoryAwait, "at memory_await"},
+    {Where::kBarrierWait, "at barrier_wait"}, {Where::kReturned, "returned"},
 };
 
 struct Range {
@@ -75,14 +76,15 @@ struct Thread {
   runtime::Place place = {};
   int index = 0;
   Where where = Where::kReturned;
-  float offered = 0;
-  float received = 0;
+  const float* offered = nullptr;
+  float* received = nullptr;
   std::uint64_t fenced_interval = 0;
 };
 
 struct Warp {
   int arrived = 0;
   int mask = 0;
+  int count = 0;
 };
 
 struct Load {
@@ -208,8 +210,10 @@ class Machine {
 
   void sync_block();
   void sync_cluster();
-  float shuffle_xor(float value, int mask);
+  void shuffle_xor(const float* values, int mask, float* received, int count);
   float load_remote(const float* shared, int rank);
+  void memory_arrive(std::uint32_t* arrivals);
+  void memory_await(const std::uint32_t* arrivals, std::uint32_t count);
   void barrier_init(void* address);
   void barrier_expect(const void* address, std::uint32_t bytes);
   void barrier_wait(const void* address, int parity);
@@ -262,6 +266,7 @@ class Machine {
   Thread* running_ = nullptr;
   int at_sync_cluster_ = 0;
   int returned_ = 0;
+  std::vector<Thread*> awaiting_memory_;
   std::exception_ptr failure_;
 };
 
@@ -341,6 +346,7 @@ void Machine::launch(const Launch& shape, const std::function<void()>& kernel) {
 void Machine::run_cluster(int cluster) {
   at_sync_cluster_ = 0;
   returned_ = 0;
+  awaiting_memory_.clear();
   blocks_.assign(shape_.cluster_blocks, Block());
   std::vector<Thread*> group;
   for (int rank = 0; rank < shape_.cluster_blocks; ++rank) {
@@ -517,30 +523,31 @@ void Machine::sync_cluster() {
   dispatch();
 }
 
-float Machine::shuffle_xor(float value, int mask) {
+void Machine::shuffle_xor(const float* values, int mask, float* received, int count) {
   Warp& warp = block().warps[running().place.thread / kWarp];
   if (mask < 0 || mask >= kWarp) {
     fail("shuffle_xor", "mask " + std::to_string(mask) + " is not in 0..31");
   }
-  if (warp.arrived > 0 && warp.mask != mask) {
-    fail("shuffle_xor", "mask " + std::to_string(mask) + " where other lanes have mask " +
-                            std::to_string(warp.mask));
+  if (warp.arrived > 0 && (warp.mask != mask || warp.count != count)) {
+    const auto described = [](int lane_mask, int lane_count) {
+      return "mask " + std::to_string(lane_mask) + " and " + std::to_string(lane_count) + " values";
+    };
+    fail("shuffle_xor",
+         described(mask, count) + " where other lanes have " + described(warp.mask, warp.count));
   }
   Thread& self = *running_;
-  self.offered = value;
+  self.offered = values;
+  self.received = received;
   warp.mask = mask;
-  if (++warp.arrived < kWarp) {
-    wait(Where::kShuffle);
-    return self.received;
-  }
+  warp.count = count;
+  if (++warp.arrived < kWarp) return wait(Where::kShuffle);
   warp.arrived = 0;
   const int first = self.index / kWarp * kWarp;
   for (int lane = 0; lane < kWarp; ++lane) {
-    threads_[first + lane]->received = threads_[first + (lane ^ mask)]->offered;
+    std::copy_n(threads_[first + (lane ^ mask)]->offered, count, threads_[first + lane]->received);
   }
   release(first, kWarp);
   dispatch();
-  return self.received;
 }
 
 bool Machine::inside_shared(const void* pointer, std::size_t bytes) {
@@ -563,6 +570,21 @@ float Machine::load_remote(const float* shared, int rank) {
   float value;
   std::memcpy(&value, shared_[rank].get() + offset, sizeof value);
   return value;
+}
+
+void Machine::memory_arrive(std::uint32_t* arrivals) {
+  ++*arrivals;
+  release(awaiting_memory_);
+  awaiting_memory_.clear();
+}
+
+// Differences, because the count may wrap around.
+void Machine::memory_await(const std::uint32_t* arrivals, std::uint32_t count) {
+  if (schedule_.preempt(&running())) dispatch();
+  while (static_cast<std::int32_t>(*arrivals - count) < 0) {
+    awaiting_memory_.push_back(running_);
+    wait(Where::kMemoryAwait);
+  }
 }
 
 // ---- Transaction barriers ---------------------------------------------------------------------
@@ -733,8 +755,14 @@ namespace runtime {
 const Place& place() { return machine().place(); }
 void sync_block() { machine().sync_block(); }
 void sync_cluster() { machine().sync_cluster(); }
-float shuffle_xor(float value, int mask) { return machine().shuffle_xor(value, mask); }
+void shuffle_xor(const float* values, int mask, float* received, int count) {
+  machine().shuffle_xor(values, mask, received, count);
+}
 float load_remote(const float* shared, int rank) { return machine().load_remote(shared, rank); }
+void memory_arrive(std::uint32_t* arrivals) { machine().memory_arrive(arrivals); }
+void memory_await(const std::uint32_t* arrivals, std::uint32_t count) {
+  machine().memory_await(arrivals, count);
+}
 void barrier_init(void* barrier) { machine().barrier_init(barrier); }
 void barrier_expect(void* barrier, std::uint32_t bytes) {
   machine().barrier_expect(barrier, bytes);

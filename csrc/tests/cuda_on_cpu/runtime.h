@@ -42,8 +42,10 @@ struct Place {
 const Place& place();
 void sync_block();
 void sync_cluster();
-float shuffle_xor(float value, int mask);
+void shuffle_xor(const float* values, int mask, float* received, int count);
 float load_remote(const float* shared, int rank);
+void memory_arrive(std::uint32_t* arrivals);
+void memory_await(const std::uint32_t* arrivals, std::uint32_t count);
 void barrier_init(void* barrier);
 void barrier_expect(void* barrier, std::uint32_t bytes);
 void barrier_wait(void* barrier, int parity);

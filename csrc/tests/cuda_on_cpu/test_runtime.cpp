@@ -17,6 +17,13 @@ namespace {
 using namespace kdk::gpu;
 using Kernel = std::function<void()>;
 
+float shuffled(float value, int mask) {
+  const float values[1] = {value};
+  float received[1];
+  shuffle_xor(values, mask, received);
+  return received[0];
+}
+
 constexpr std::uint64_t kSeeds = 9;
 constexpr Launch kWarpOnly = {1, 1, 32, 1024};
 constexpr Launch kOneBlock = {1, 1, 64, 1024};
@@ -108,7 +115,7 @@ void test_syncs_and_exchanges() {
   launch({2, kBlocks, kThreads, 64 * sizeof(float)}, [&] {
     float* sums = shared().data.at;
     float value = static_cast<float>(block_rank() * kThreads + thread_rank());
-    for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    for (int mask = 16; mask > 0; mask /= 2) value += shuffled(value, mask);
     if (thread_rank() % 32 == 0) sums[thread_rank() / 32] = value;
     sync_block();
     if (first_thread()) sums[32] = sums[0] + sums[1] + sums[2] + sums[3];
@@ -125,7 +132,7 @@ void test_shuffle_reaches_every_lane() {
   bool right = true;
   launch(kOneBlock, [&] {
     for (int mask = 0; mask < 32; ++mask) {
-      right &= shuffle_xor(static_cast<float>(thread_rank()), mask) ==
+      right &= shuffled(static_cast<float>(thread_rank()), mask) ==
                static_cast<float>(thread_rank() ^ mask);
     }
   });
@@ -353,16 +360,17 @@ void test_sync_misuse() {
 
 void test_shuffle_misuse() {
   CHECK(fails(kOneBlock,
-              "shuffle_xor: mask 2 where other lanes have mask 1 (cluster 0, block 0, "
+              "shuffle_xor: mask 2 and 1 values where other lanes have mask 1 and 1 values "
+              "(cluster 0, block 0, "
               "thread 40)",
-              [] { shuffle_xor(0, thread_rank() == 40 ? 2 : 1); }));
-  CHECK(fails(kOneBlock, "shuffle_xor: mask 32 is not in 0..31", [] { shuffle_xor(0, 32); }));
+              [] { shuffled(0, thread_rank() == 40 ? 2 : 1); }));
+  CHECK(fails(kOneBlock, "shuffle_xor: mask 32 is not in 0..31", [] { shuffled(0, 32); }));
   CHECK(fails(kWarpOnly, "deadlock: block 0: 1 at sync_block, 31 at shuffle_xor (cluster 0)", [] {
     if (thread_rank() == 7) sync_block();
-    shuffle_xor(0, 1);
+    shuffled(0, 1);
   }));
   CHECK(fails(kWarpOnly, "deadlock: block 0: 31 at shuffle_xor, 1 returned (cluster 0)", [] {
-    if (!first_thread()) shuffle_xor(0, 1);
+    if (!first_thread()) shuffled(0, 1);
   }));
 }
 

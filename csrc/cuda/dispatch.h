@@ -1,0 +1,42 @@
+// Which kernel computes a task.
+#pragma once
+
+#include "cuda/row.h"
+
+namespace kdk {
+namespace gpu {
+
+// Every row of a tensor begins at a multiple of 16 bytes.
+inline bool is_aligned(const Rows& rows) {
+  const std::int64_t unit = 16 / size_of(rows.dtype);
+  return reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0 && rows.stride_b % unit == 0 &&
+         rows.stride_l % unit == 0;
+}
+
+inline bool is_whole(const RowTask& task) {
+  return task.plan.stages > 0 && is_aligned(task.student) && is_aligned(task.teacher) &&
+         (task.grad.data == nullptr || is_aligned(task.grad));
+}
+
+template <Divergence kDivergence, bool kWhole, typename Launch>
+auto with_kind(const RowTask& task, const Launch& launch) {
+  constexpr auto kForwardKL = Divergence::kForwardKL;
+  if constexpr (kDivergence == kForwardKL) {
+    if (!task.distill) return launch(Kind<kForwardKL, false, true, 0, kWhole>{});
+    // Powers of e^{s/T} where they pay most.
+    if (task.hard && task.power == 1) return launch(Kind<kForwardKL, true, true, 1, kWhole>{});
+    if (task.hard && task.power == 2) return launch(Kind<kForwardKL, true, true, 2, kWhole>{});
+  }
+  if (!task.hard) return launch(Kind<kDivergence, true, false, 0, kWhole>{});
+  return launch(Kind<kDivergence, true, true, 0, kWhole>{});
+}
+
+// launch(kind) with the Kind of the task.
+template <Divergence kDivergence, typename Launch>
+auto with_kind(const RowTask& task, const Launch& launch) {
+  return is_whole(task) ? with_kind<kDivergence, true>(task, launch)
+                        : with_kind<kDivergence, false>(task, launch);
+}
+
+}  // namespace gpu
+}  // namespace kdk
