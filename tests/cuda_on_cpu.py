@@ -5,6 +5,7 @@ so small that short rows already take several of them, with two rows, one row or
 memory, by the number of columns.
 """
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -41,10 +42,13 @@ def build():
     missing = [tool for tool in tools if shutil.which(tool, path=path) is None]
     if missing:
         return None, f"cannot compile here, missing: {', '.join(missing)}"
-    # Configured once; from then on the build itself sees whether that has to happen again.
-    if not (BUILD / "build.ninja").exists():
-        _run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *SETTINGS], path)
-    _run(["cmake", "--build", BUILD, "--target", "_cuda_on_cpu"], path)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:  # another run of the tests may build it too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Configured once; from then on the build sees by itself whether that has to happen again.
+        if not (BUILD / "build.ninja").exists():
+            _run(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *SETTINGS], path)
+        _run(["cmake", "--build", BUILD, "--target", "_cuda_on_cpu"], path)
     file = BUILD / f"_cuda_on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location("_cuda_on_cpu", file)
     module = importlib.util.module_from_spec(spec)

@@ -393,7 +393,9 @@ def test_inplace_refuses_what_it_would_have_to_copy(backend, layout):
         kd_loss(logits, teacher, labels, inplace=True, backend=backend)
 
 
-@pytest.mark.parametrize("kind", ["shifted", "interleaved", "rows of each other"])
+@pytest.mark.parametrize(
+    "kind", ["shifted", "interleaved", "denser rows", "shorter elements", "rows of each other"]
+)
 def test_inplace_refuses_memory_that_is_still_read(backend, kind):
     student, teacher, labels = problem(4, 6)
     buffer = (student.repeat(2, 2).requires_grad_() * 1)[:, :6]
@@ -401,6 +403,11 @@ def test_inplace_refuses_memory_that_is_still_read(backend, kind):
         logits, others = buffer[1:5], buffer[:4].detach()
     elif kind == "interleaved":
         logits, others = buffer[:4], buffer.detach().as_strided((4, 6), (12, 1), 3)
+    elif kind == "denser rows":  # of the same address and dtype
+        logits, others = buffer[:4], buffer.detach().as_strided((4, 6), (6, 1))
+    elif kind == "shorter elements":  # of the same address and strides
+        halves = buffer.detach().view(torch.float16)
+        logits, others = buffer[:4], halves.as_strided((4, 6), (12, 1))
     else:
         logits, others = buffer.as_strided((4, 6), (3, 1)), teacher
     with pytest.raises(ValueError, match="inplace=True .*memory"):
@@ -416,6 +423,19 @@ def test_inplace_with_the_teacher_in_the_same_memory(backend, other):
     loss = kd_loss(both[:, 0], both.detach()[:, other], labels, inplace=True, backend=backend)
     (grad,) = torch.autograd.grad(loss, leaf, random_like(loss))
     expected = run(student, (student, teacher)[other], labels, backend=backend)
+    assert_same_bits((loss.detach(), expected[0]), (grad[:, 0], expected[1]))
+    assert_plus_zero(grad[:, 1])
+
+
+def test_inplace_check_is_made_on_the_cpu(backend):
+    """Whatever the default device is: it says nothing of where addresses are compared."""
+    student, teacher, labels = problem(4, 6)
+    leaf = torch.stack([student, teacher], 1).requires_grad_()
+    both = leaf * 1
+    with torch.device("meta"):
+        loss = kd_loss(both[:, 0], both.detach()[:, 1], labels, inplace=True, backend=backend)
+    (grad,) = torch.autograd.grad(loss, leaf, random_like(loss))
+    expected = run(student, teacher, labels, backend=backend)
     assert_same_bits((loss.detach(), expected[0]), (grad[:, 0], expected[1]))
     assert_plus_zero(grad[:, 1])
 

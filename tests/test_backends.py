@@ -164,11 +164,14 @@ def test_backends_agree(compiled):
 
 
 @pytest.mark.parametrize("beta", [1e-4, 1e-8, 1e-12, 1e-16, 1e-20])
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eager_mixture_of_little_weight_is_not_lost(beta, dtype):
-    # p = (1/2, 1/2), q = (1, 0): KL(p ‖ βp + (1−β)q) = −½ log(β/2 (2 − β)) − log 2 + …
-    student = torch.tensor([[0.0, -INF]], dtype=dtype)
-    teacher = torch.zeros(1, 2, dtype=dtype)
-    loss = kd_loss(student, teacher, divergence="skew_forward_kl", beta=beta, backend="eager")
+def test_eager_mixture_of_little_weight_is_not_lost(beta, divergence, dtype):
+    # a = (1/2, 1/2), b = (1, 0), m = βa + (1−β)b: KL(a ‖ m) = −½ log(β/2 (2 − β)) − log 2 + …
+    a, b = torch.zeros(1, 2, dtype=dtype), torch.tensor([[0.0, -INF]], dtype=dtype)
+    student, teacher = (a, b) if divergence == "skew_reverse_kl" else (b, a)
+    loss = kd_loss(student, teacher, divergence=divergence, beta=beta, backend="eager")
     exact = -math.log(2) - 0.5 * (math.log(beta / 2) + math.log1p(-beta / 2))
+    if divergence == "jsd":
+        exact = beta * exact - (1 - beta) * math.log1p(-beta / 2)  # and KL(b ‖ m)
     assert abs(loss.item() / exact - 1) < 8 * torch.finfo(dtype).eps

@@ -63,6 +63,7 @@ def test_one_seed_has_no_standard_error(tmp_path):
         (["--backend", "abacus"], "unknown backend 'abacus'"),
         (["--teacher-logits", __file__], "teacher_logits must be a .npy file"),
         (["--out", __file__], "File exists"),
+        (["--teacher-logits", f"{__file__}/t.npy", *SMALL], "File exists"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_code_2(tmp_path, capsys, arguments, message):

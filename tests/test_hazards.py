@@ -213,6 +213,29 @@ def test_h11_no_class(backend, dtype):
     assert_plus_zero(kd_loss(empty, empty, backend=backend))
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_h4_infinite_even_where_the_labels_probability_underflows(
+    backend, dtype, temperature, spread
+):
+    teacher = torch.randn(1, 1000) * 2 * temperature
+    teacher[0, 7] = teacher.max() - 800 * temperature  # e^-800 is no double either
+    teacher = teacher.to(dtype)
+    student = teacher.clone()
+    student[0, :500] += spread * temperature
+    student[0, 7] = -INF
+    labels = torch.tensor([7])
+    options = dict(temperature=temperature, return_terms=True, backend=backend)
+    assert kd_loss(student, teacher, labels, **options).distill == INF
+
+
+def test_infinite_weights_do_not_stop_the_upstream_gradient(backend, dtype):
+    student, teacher, labels = problem(4, 19, dtype=dtype)
+    options = dict(num_items=torch.tensor(INF), backend=backend)
+    upstream = torch.full((), NAN, dtype=torch.promote_types(dtype, torch.float32))
+    assert run(student, teacher, labels, upstream=upstream, **options)[1].isnan().all()
+
+
 @pytest.mark.parametrize("label", [19, -1, 2**31 + 3, 2**32 + 3])
 def test_h12_label_out_of_range(backend, dtype, label):
     student, teacher, labels = problem(4, 19, dtype=dtype)

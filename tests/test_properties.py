@@ -391,12 +391,15 @@ def test_p15_top_k_with_a_tail_bucket(backend, data):
 ALIKE = torch.zeros(1, 16, dtype=torch.float64), torch.eye(16, dtype=torch.float64)[15:]
 # The student rules out what the teacher is sure of: the log-ratios are 100 for all it allows.
 OPPOSED = -3 * ALIKE[1], 10 * ALIKE[1]
+# Log-ratios of 160, next to which a single float keeps nothing below 2^-17 of their mean.
+FAR = -3 * ALIKE[1], 80 * ALIKE[1]
 
 
 @checked()
 @given(data=pairs(), divergence=DIVERGENCE, temperature=TEMPERATURE, seed=SEED)
 @example(data=ALIKE, divergence="reverse_kl", temperature=0.1, seed=0)
 @example(data=OPPOSED, divergence="reverse_kl", temperature=0.1, seed=0)
+@example(data=FAR, divergence="reverse_kl", temperature=0.5, seed=0)
 def test_p16_gradient_rows_sum_to_0(backend, data, divergence, temperature, seed):
     student, teacher = as_seen(backend, *data)
     labels = labels_of(student, seed)

@@ -86,6 +86,9 @@ static __device__ __forceinline__ float exp2_unit(float x) {
   return y;
 }
 
+// The larger one; that of b where a is NaN.
+static __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+
 // 1 / x to 1 ulp.
 static __device__ __forceinline__ float reciprocal(float x) {
   float y;
@@ -114,6 +117,8 @@ static __device__ __forceinline__ float exp_of(float x, float x_lo, TwoFloats ra
 }
 
 #else
+
+KDK_FN float larger(float a, float b) { return a > b ? a : b; }
 
 KDK_FN float reciprocal(float x) { return 1.0f / x; }
 

@@ -149,9 +149,10 @@ struct Terms {
 
 // kPower: e^s is that power of e^{s/T}; 0: it takes an exponential of its own.
 // Without kUnderflow no logit may be kUnderflowAt · min(T, 1) below the maximum: not checked here.
-template <bool kDistill, bool kHard, int kPower, bool kUnderflow>
+// kLow: with what a float loses of s − max_s; a confident row's loss is as exact as its smallest
+// terms.
+template <bool kDistill, bool kHard, int kPower, bool kUnderflow, bool kLow = kHard>
 KDK_FN Terms terms_of(float s, float t, float max_s, float max_t, TwoFloats rate) {
-  constexpr bool kLow = kHard;  // a confident row's loss is as exact as its smallest terms
   Terms terms{};
   const TwoFloats x = two_diff(s, max_s);
   terms.above = terms.below = x.hi;

@@ -67,8 +67,6 @@ struct Sums {
 // What differences are taken from: the maximum, or 0 while everything is −inf.
 KDK_DEVICE float anchor(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
 
-KDK_DEVICE float larger(float a, float b) { return a > b ? a : b; }
-
 KDK_DEVICE TwoFloats drop(float from, float to) {
   if (!(to > from) || from == -kInfinity) return {0, 0};
   return two_diff(from, to);
@@ -90,7 +88,7 @@ KDK_DEVICE void raise_maxima(const RowTask& task, float max_s, float max_t, Sums
   sums.max_t = larger(sums.max_t, max_t);
 }
 
-template <typename K>
+template <typename K, bool kLow>
 KDK_DEVICE Sums add_chunks(const RowTask& task, const Row& row) {
   Sums sums{-kInfinity, -kInfinity, 0, 0, 0, 0};
   for_each_logits<K>(row, [&](int column, int, auto& s, auto& t) {
@@ -113,8 +111,8 @@ KDK_DEVICE Sums add_chunks(const RowTask& task, const Row& row) {
     Terms terms[kChunk];
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-      terms[i] =
-          terms_of<K::kDistill, K::kHard, K::kPower, true>(s[i], t[i], max_s, max_t, task.rate);
+      terms[i] = terms_of<K::kDistill, K::kHard, K::kPower, true, kLow>(s[i], t[i], max_s, max_t,
+                                                                        task.rate);
     }
     const Terms all = ((terms[0] + terms[1]) + (terms[2] + terms[3])) +
                       ((terms[4] + terms[5]) + (terms[6] + terms[7]));
@@ -143,8 +141,7 @@ KDK_DEVICE void add_label(const RowTask& task, const Row& row, Sums& sums) {
 }
 
 template <typename K>
-KDK_DEVICE Sums statistics(const RowTask& task, const Row& row, Team& team) {
-  Sums sums = add_chunks<K>(task, row);
+KDK_DEVICE Sums merge_sums(const RowTask& task, const Row& row, const Sums& sums, Team& team) {
   float fields[6] = {sums.max_s, sums.max_t, sums.z_s, sums.z_t, sums.gap, sums.z_rest};
   const float neutral[6] = {-kInfinity, -kInfinity, 0, 0, 0, 0};
   const auto sums_of = [](const float (&from)[6]) {
@@ -168,8 +165,23 @@ KDK_DEVICE Sums statistics(const RowTask& task, const Row& row, Team& team) {
     KDK_UNROLL
     for (int i = 0; i < 4; ++i) mine[2 + i] = rest[i];
   });
-  sums = sums_of(fields);
-  if constexpr (K::kHard) add_label<K>(task, row, sums);
+  Sums merged = sums_of(fields);
+  if constexpr (K::kHard) add_label<K>(task, row, merged);
+  return merged;
+}
+
+// Below this Σ_{j≠y} e^{s_j − max_s} the loss is so small that what a float loses of s − max_s, and
+// of its product with log2(e) / T, shows (hazards.md, N1).
+constexpr float kConfident = 1e-6f;
+
+template <typename K>
+KDK_DEVICE Sums statistics(const RowTask& task, const Row& row, Team& team) {
+  const Sums sums = merge_sums<K>(task, row, add_chunks<K, false>(task, row), team);
+  if constexpr (K::kHard) {
+    if (sums.z_rest < kConfident) {
+      return merge_sums<K>(task, row, add_chunks<K, true>(task, row), team);
+    }
+  }
   return sums;
 }
 

@@ -176,7 +176,7 @@ KDK_DEVICE float team_max(float value, Team& team) {
   float values[1] = {value};
   team_reduce(values, neutral, team, [](float (&mine)[1], int lanes) {
     reduce_lanes(mine, lanes, [](float (&into)[1], const float (&other)[1]) {
-      into[0] = other[0] > into[0] ? other[0] : into[0];
+      into[0] = larger(other[0], into[0]);
     });
   });
   return values[0];

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import tempfile
-import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +60,12 @@ def load_logits(path, shape):
             that are not finite in float32.
     """
     # Mapped, so that a header which claims more than there is allocates nothing; NumPy parses a
-    # damaged one with Python's own tokenizer, and passes its errors on.
+    # damaged one with Python's own parser, and passes on whatever that or the dtype's finds.
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
+    except OSError:
+        raise
+    except Exception as error:
         raise ValueError(f"teacher_logits must be a .npy file, got {path}: {error}") from error
     if array.offset + array.nbytes != os.path.getsize(path):
         raise ValueError(

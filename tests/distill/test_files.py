@@ -60,6 +60,17 @@ WRONG = {
         npy(LOGITS.numpy()).replace(b"(4, 3)", b"(4, 3000000000000)"),
         "must be a .npy file",
     ),
+    "claims more than a size holds": (
+        npy(LOGITS.numpy()).replace(b"(4, 3)", b"(4, 3" + b"0" * 30 + b")"),
+        "must be a .npy file",
+    ),
+    "a number for a key": (
+        npy(LOGITS.numpy()).replace(b"'descr'", b"1234567"),
+        "must be a .npy file",
+    ),
+    "no dtype": (npy(LOGITS.numpy()).replace(b"<f4", b",f4"), "must be a .npy file"),
+    "empty dtype": (npy(LOGITS.numpy()).replace(b"'<f4'", b"()   "), "must be a .npy file"),
+    "deep": (b"\x93NUMPY\x01\x00\xa0\x0f" + b"-" * 3999 + b"1", "must be a .npy file"),
     "integers": (
         npy(np.zeros(SHAPE, int)),
         r"must be floating point .*, got int64 of shape \(4, 3\)",
