@@ -33,12 +33,16 @@ struct Config {
 #define KDK_RETURN_IF_ERROR(call) \
   if (const cudaError_t status = (call)) return status
 
-// A kernel may use all the shared memory there is, and clusters of more than 8 blocks.
+// A kernel may use all the shared memory there is, and clusters of more than 8 blocks where the
+// device has them.
 cudaError_t allow_all(const void* kernel, const Limits& limits) {
   KDK_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            limits.shared_bytes));
-  if (limits.cluster_blocks == 0) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (limits.cluster_blocks > 0 &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
+    cudaGetLastError();
+  }
+  return cudaSuccess;
 }
 
 cudaError_t query_limits(const void* kernel, int device, Limits* limits) {
@@ -56,6 +60,7 @@ cudaError_t query_limits(const void* kernel, int device, Limits* limits) {
   // copies: see primitives.h.
   limits->cluster_blocks = clusters != 0 && code.ptxVersion >= 90 ? 16 : 0;
   limits->l2_bytes = l2_bytes;
+  limits->shared_bytes -= static_cast<int>(code.sharedSizeBytes);
   return allow_all(kernel, *limits);
 }
 

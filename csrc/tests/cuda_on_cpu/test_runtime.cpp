@@ -128,6 +128,28 @@ void test_syncs_and_exchanges() {
   CHECK(right);
 }
 
+void test_blocks_meet_in_memory() {
+  constexpr int kRounds = 5;
+  std::uint32_t arrivals = 0xffffffffu - 3;  // it may wrap around
+  float slots[2] = {0, 0};
+  bool right = true;
+  launch(kTwoBlocks, [&] {
+    std::uint32_t awaited = 0xffffffffu - 3;
+    for (int round = 1; round <= kRounds; ++round) {
+      awaited += 2;
+      if (first_thread()) {
+        slots[block_rank()] = static_cast<float>(round);
+        memory_arrive(&arrivals);
+        memory_await(&arrivals, awaited);
+        right &= load_from_block(&slots[1 - block_rank()]) == static_cast<float>(round);
+      }
+      sync_cluster();  // nobody writes what another one has yet to read
+    }
+  });
+  CHECK(right);
+  CHECK(arrivals == 0xffffffffu - 3 + 2 * kRounds);
+}
+
 void test_shuffle_reaches_every_lane() {
   bool right = true;
   launch(kOneBlock, [&] {
@@ -369,6 +391,10 @@ void test_shuffle_misuse() {
     if (thread_rank() == 7) sync_block();
     shuffled(0, 1);
   }));
+  CHECK(fails(kWarpOnly, "deadlock: block 0: 1 at memory_await, 31 returned (cluster 0)", [] {
+    std::uint32_t arrivals = 0;
+    if (first_thread()) memory_await(&arrivals, 1);
+  }));
   CHECK(fails(kWarpOnly, "deadlock: block 0: 31 at shuffle_xor, 1 returned (cluster 0)", [] {
     if (!first_thread()) shuffled(0, 1);
   }));
@@ -592,6 +618,7 @@ int main() {
     set_schedule(seed);
     test_shared_memory_starts_poisoned();
     test_syncs_and_exchanges();
+    test_blocks_meet_in_memory();
     test_shuffle_reaches_every_lane();
     test_pipeline();
     test_load_is_late();
