@@ -50,7 +50,7 @@ class Problem:
         return Problem(student, self.teacher[:rows], self.labels[:rows])
 
 
-def make_problem(rows, vocab, dtype, distinct=16):
+def make_problem(rows, vocab, dtype, distinct=16, device="cpu"):
     """Logits shaped like a language model's: a Zipfian bulk, peaks, a student near its teacher.
 
     All rows favour the same classes, as words do. Half of the labels are the teacher's choice.
@@ -66,8 +66,9 @@ def make_problem(rows, vocab, dtype, distinct=16):
     labels = torch.randint(vocab, (rows,), generator=g)
     source = torch.arange(rows) % drawn
     labels[::2] = teacher.argmax(-1)[source[::2]]
-    student, teacher = student.to(dtype)[source], teacher.to(dtype)[source]
-    return Problem(student.requires_grad_(), teacher, labels)
+    source = source.to(device)
+    student, teacher = (x.to(device, dtype)[source] for x in (student, teacher))
+    return Problem(student.requires_grad_(), teacher, labels.to(device))
 
 
 class Produced(torch.autograd.Function):
@@ -122,34 +123,35 @@ class Step:
 # Whether it is right
 
 
-def errors(outputs, problem, *, divergence, temperature, alpha, chunk=16):
-    """How far losses and gradients are from the float64 definition, over all rows.
+def errors(outputs, problem, *, divergence, temperature, alpha, rows=None, chunk=16):
+    """How far losses and gradients are from the float64 definition.
 
     Args:
-        outputs: {name: (loss, gradient (N, V) or None)} of the mean over the problem's rows.
+        outputs: {name: (loss, gradient (R, V) or None)} of the mean over all of the problem's rows.
+        rows: (R,) int64 on the CPU, those of the gradients; all by default.
 
     Returns:
         {name: (relative error of the loss, largest error of a gradient entry)}, the latter relative
         to the probabilities of student and teacher whose difference the entry is, and 0 without a
         gradient. NaN where the output is NaN.
     """
-    count = len(problem.labels)
-    total = torch.zeros((), dtype=torch.float64)
-    worst = {name: torch.zeros((), dtype=torch.float64) for name in outputs}
-    for start in range(0, count, chunk):
-        rows = slice(start, min(start + chunk, count))
-        s = problem.student.detach()[rows].double().requires_grad_()
-        t, labels = problem.teacher[rows].double(), problem.labels[rows]
-        loss = kd_loss(
-            s,
-            t,
-            labels,
-            divergence=divergence,
-            temperature=temperature,
-            alpha=alpha,
-            num_items=count,
-            backend="eager",
-        )
+    count, zero = len(problem.labels), problem.student.new_zeros((), dtype=torch.float64)
+    rows = torch.arange(count) if rows is None else rows
+    others = torch.ones(count, dtype=torch.bool).index_fill_(0, rows, False).nonzero()[:, 0]
+    options = dict(divergence=divergence, temperature=temperature, alpha=alpha)
+    options.update(num_items=count, backend="eager")
+
+    def logits(part):
+        s, t = problem.student.detach()[part].double(), problem.teacher[part].double()
+        return s, t, problem.labels[part]
+
+    total, worst = zero.clone(), {name: zero for name in outputs}
+    for start in range(0, len(others), chunk):
+        total += kd_loss(*logits(others[start : start + chunk]), **options)
+    for start in range(0, len(rows), chunk):
+        here = slice(start, start + chunk)
+        s, t, labels = logits(rows[here])
+        loss = kd_loss(s.requires_grad_(), t, labels, **options)
         loss.backward()
         total += loss.detach()
         with torch.no_grad():
@@ -160,7 +162,7 @@ def errors(outputs, problem, *, divergence, temperature, alpha, chunk=16):
             for name, (_, grad) in outputs.items():
                 if grad is None:
                     continue
-                error = ((grad[rows].double() - s.grad).abs() / size).max()
+                error = ((grad[here].double() - s.grad).abs() / size).max()
                 worst[name] = torch.maximum(worst[name], error)
     return {
         name: (float((loss.double() - total).abs() / total.abs()), float(worst[name]))
@@ -227,6 +229,78 @@ def spread(name, values):
     """The median, lowest and highest as fields of a record."""
     median, low, high = statistics.median(values), min(values), max(values)
     return {name: median, f"{name}_min": low, f"{name}_max": high}
+
+
+class Gpu:
+    """The current CUDA device: how long a call takes on it, and how much memory."""
+
+    device = "cuda"
+
+    def __init__(self):
+        self.properties = torch.cuda.get_device_properties()
+        self.ballast = torch.empty(2**30, dtype=torch.uint8, device=self.device)
+
+    def seconds(self, run):
+        """What `run` takes when it is queued behind other work, as in training.
+
+        The writes before it take the GPU a millisecond. Meanwhile the CPU can queue the call, so
+        that what Python takes for that shows only where the GPU would wait for it in training too.
+        They also leave nothing of the call before in the L2 cache.
+        """
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(3):
+            self.ballast.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def peak(self, run):
+        """Bytes of tensors that `run` takes at its peak above what there is before it."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    def release(self):
+        """Give back what nobody holds any more, for a call that may need all of it."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def facts(self):
+        """What a number depends on, for `machine`. The clocks are those of this moment."""
+        fields = "uuid,driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.SubprocessError):
+            answer = ""
+        software = info()
+        return {
+            "gpu": self.properties.name,
+            **smi_facts(answer, str(self.properties.uuid)),
+            "torch built for": software["torch built for"],
+            "triton": software["triton"],
+        }
+
+
+def smi_facts(answer, uuid):
+    """The driver and the clocks of a GPU in what nvidia-smi says of all of them."""
+    lines = [fields for line in answer.splitlines() if len(fields := line.split(", ")) == 6]
+    here = [fields for fields in lines if uuid in fields[0] or len(lines) == 1]
+    if not here:
+        return {"driver": "unknown", "clocks": "unknown"}
+    _, driver, sm, sm_max, memory, memory_max = here[0]
+    clocks = f"SM {sm} of {sm_max} MHz, memory {memory} of {memory_max} MHz"
+    return {"driver": driver, "clocks": clocks}
+
+
+def gpu():
+    """The `Gpu` to measure on; raises Missing."""
+    if not torch.cuda.is_available():
+        raise Missing("torch sees no CUDA device")
+    return Gpu()
 
 
 # How much memory it takes
