@@ -3,7 +3,7 @@
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test mutants lint bench gpu-check clean
 
 PYTHON ?= python3
 OUT ?= benchmarks/results
@@ -17,6 +17,10 @@ demo: $(VENV)/kdkernels.stamp
 
 test: $(VENV)/kdkernels.stamp
 	$(VENV)/bin/python -m pytest
+
+# Do the tests notice mistakes in the CUDA kernels? No GPU needed; most of an hour.
+mutants: $(VENV)/kdkernels.stamp
+	$(VENV)/bin/python tests/mutants.py
 
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check .

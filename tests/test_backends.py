@@ -7,7 +7,7 @@ import torch
 from conftest import INF, UNAVAILABLE, assert_same_bits, problem, run
 
 from kdkernels import KDLoss, kd_loss
-from kdkernels.backends import registry
+from kdkernels.backends import native, registry
 from kdkernels.backends.registry import BACKENDS, ENVIRONMENT_VARIABLE, Backend, resolve
 
 
@@ -175,3 +175,13 @@ def test_eager_mixture_of_little_weight_is_not_lost(beta, divergence, dtype):
     if divergence == "jsd":
         exact = beta * exact - (1 - beta) * math.log1p(-beta / 2)  # and KL(b ‖ m)
     assert abs(loss.item() / exact - 1) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(not hasattr(native._C, "cuda_usable"), reason="built without CUDA")
+def test_asking_for_a_gpus_code_breaks_no_compiled_graph():
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x):
+        return x + (native._no_code_for(0) is None)
+
+    usable = native._no_code_for(0) is None
+    assert compiled(torch.ones(())).item() == 1 + usable

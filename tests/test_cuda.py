@@ -54,10 +54,13 @@ def test_every_plan(v, dtype=torch.bfloat16):
 def test_labels_out_of_range_are_reported_by_a_later_call():
     student, teacher, labels = on_gpu(5, 1000)
     labels[3] = 1000
-    loss, grad = step(student, teacher, labels, reduction="none")
+    student.requires_grad_()
+    loss = kd_loss(student, teacher, labels, reduction="none")
     torch.cuda.synchronize()
     with pytest.raises(IndexError, match="earlier call on cuda:.* row 3"):
         kd_loss(student, teacher, labels)
+    # The report is over: what follows computes.
+    (grad,) = torch.autograd.grad(loss, student, torch.ones_like(loss))
     assert loss.isnan().tolist() == [False, False, False, True, False]
     assert grad.isnan().any(-1).tolist() == [False, False, False, True, False]
     labels[3] = 7
@@ -164,6 +167,7 @@ def test_memory_is_the_gradient_only(inplace):
     logits = logits * 1.0 if inplace else logits
     kd_loss(student.detach()[:4], teacher[:4], labels[:4])
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     loss = kd_loss(logits, teacher, labels, inplace=inplace, temperature=2.0)
@@ -189,6 +193,27 @@ def test_more_than_2_to_the_31_elements():
         inputs = (x[part].detach().clone() for x in (student, teacher, labels))
         _, alone = step(*inputs, **options)
         assert_same_bits((grad[part].cpu(), alone.cpu()))
+
+
+@pytest.mark.parametrize("v", [1000, 1001])
+def test_the_loss_alone(v):
+    student, teacher, labels = on_gpu(5, v, dtype=torch.bfloat16)
+    alone = kd_loss(student, teacher, labels)
+    with_gradient = kd_loss(student.requires_grad_(), teacher, labels).detach()
+    assert_same_bits((alone.cpu(), with_gradient.cpu()))
+
+
+def test_a_first_call_in_inference_mode():
+    student, teacher, labels = on_gpu(5, 1000)
+    native._bad_label.cache_clear()
+    with torch.inference_mode():
+        kd_loss(student, teacher, labels)
+    labels[1] = -7
+    kd_loss(student, teacher, labels)
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="row 1"):
+        kd_loss(student, teacher, labels.clamp(min=0))
+    assert kd_loss(student, teacher, labels.clamp(min=0)).isfinite()
 
 
 def test_ignored_rows_are_not_read():

@@ -19,8 +19,8 @@ struct CudaCall {
 std::size_t cuda_scratch_bytes();
 
 // These three return nullptr, or CUDA's own words for what is wrong, in static text. They only put
-// work on the stream: no allocation, no wait, and a stream that is being captured is as good as
-// any.
+// work on the stream: no allocation, no wait, and after a first call, for which CUDA loads a
+// kernel, a stream that is being captured is as good as any.
 const char* distill_rows_cuda(const DistillArgs& args, const CudaCall& call);
 const char* scale_rows_cuda(const ScaleArgs& args, const CudaCall& call);
 // Whether this build has code for the device.

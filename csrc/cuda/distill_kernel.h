@@ -40,6 +40,7 @@ KDK_DEVICE Wanted wanted_of(const RowTask& task, const Mean& mean, std::int64_t 
   wanted.counts = task.labels == nullptr || wanted.label != task.ignore_index;
   wanted.bad_label =
       task.labels != nullptr && wanted.counts && (wanted.label < 0 || wanted.label >= task.columns);
+  if (wanted.bad_label) wanted.label = -1;
   wanted.main = task.main && wanted.counts && wanted.weight != 0 && !mean.empty;
   wanted.read = !wanted.bad_label && (wanted.main || (wanted.counts && task.want_terms));
   return wanted;

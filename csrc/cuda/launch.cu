@@ -49,18 +49,24 @@ cudaError_t query_limits(const void* kernel, int device, Limits* limits) {
   const auto attribute = [&](cudaDeviceAttr which, int* value) {
     return cudaDeviceGetAttribute(value, which, device);
   };
-  int clusters = 0, l2_bytes = 0;
+  int clusters = 0, l2_bytes = 0, multiprocessor_bytes = 0, reserved_bytes = 0;
   KDK_RETURN_IF_ERROR(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits->shared_bytes));
   KDK_RETURN_IF_ERROR(attribute(cudaDevAttrMultiProcessorCount, &limits->multiprocessors));
   KDK_RETURN_IF_ERROR(attribute(cudaDevAttrL2CacheSize, &l2_bytes));
   KDK_RETURN_IF_ERROR(attribute(cudaDevAttrClusterLaunch, &clusters));
+  KDK_RETURN_IF_ERROR(
+      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &multiprocessor_bytes));
+  KDK_RETURN_IF_ERROR(attribute(cudaDevAttrReservedSharedMemoryPerBlock, &reserved_bytes));
   cudaFuncAttributes code;
   KDK_RETURN_IF_ERROR(cudaFuncGetAttributes(&code, kernel));
   // Code for older GPUs, which a newer one compiles from its PTX, has neither clusters nor bulk
   // copies: see primitives.h.
   limits->cluster_blocks = clusters != 0 && code.ptxVersion >= 90 ? 16 : 0;
   limits->l2_bytes = l2_bytes;
-  limits->shared_bytes -= static_cast<int>(code.sharedSizeBytes);
+  limits->shared_bytes_of_two = multiprocessor_bytes / 2 - reserved_bytes;
+  for (int* bytes : {&limits->shared_bytes, &limits->shared_bytes_of_two}) {
+    *bytes -= static_cast<int>(code.sharedSizeBytes);
+  }
   return allow_all(kernel, *limits);
 }
 

@@ -24,8 +24,9 @@ struct Plan {
 
 // What the device allows.
 struct Limits {
-  int shared_bytes;    // of a block
-  int cluster_blocks;  // 0: no clusters
+  int shared_bytes;         // of a block
+  int shared_bytes_of_two;  // of a block that leaves its multiprocessor room for another one
+  int cluster_blocks;       // 0: no clusters
   int multiprocessors;
   std::int64_t l2_bytes;
 };
@@ -35,22 +36,24 @@ inline std::int64_t stage_bytes(const DistillArgs& args, std::int64_t slice) {
   return slice * (size_of(args.student.dtype) + size_of(args.teacher.dtype)) + 32;
 }
 
-inline Plan plan_of(const DistillArgs& args, int team_blocks, bool clusters, int stages) {
+inline Plan plan_of(const DistillArgs& args, int team_blocks, bool clusters, int stages,
+                    int max_threads) {
   const std::int64_t slice = (args.objective.vocab_size + team_blocks - 1) / team_blocks;
   Plan plan{};
   plan.team_blocks = team_blocks;
   plan.clusters = clusters;
   plan.stages = stages;
   plan.slice = static_cast<int>((slice + kChunk - 1) / kChunk * kChunk);
-  plan.threads = plan.slice <= 1024 ? 128 : plan.slice <= 4096 ? 256 : kMaxThreads;
+  plan.threads = plan.slice <= 1024 ? 128 : plan.slice <= 4096 ? 256 : max_threads;
   plan.shared_bytes = static_cast<int>(sizeof(Exchange) + stages * stage_bytes(args, plan.slice));
   return plan;
 }
 
-// The fewest blocks whose shared memory holds a row and the one after it; else one row. Where the
-// rows are too long, or there are no clusters, the sweeps read memory: so many blocks share a row
-// that half of the L2 cache holds all the rows in work. `resident(plan)`: how many teams the device
-// can run at the same time.
+// The fewest blocks whose shared memory holds a row and the one after it; else one row. Two blocks
+// to a multiprocessor where that is possible: one computes while the other waits for its team.
+// Where the rows are too long, or there are no clusters, the sweeps read memory: so many blocks
+// share a row that half of the L2 cache holds all the rows in work. `resident(plan)`: how many
+// teams the device can run at the same time.
 template <typename Resident>
 Plan make_plan(const DistillArgs& args, const Limits& limits, const Resident& resident) {
   const std::int64_t rows = args.batch * args.length;
@@ -58,12 +61,19 @@ Plan make_plan(const DistillArgs& args, const Limits& limits, const Resident& re
     plan.teams = static_cast<int>(std::max<std::int64_t>(1, std::min(rows, teams)));
     return plan;
   };
-  for (int stages = 2; stages > 0; --stages) {
+  struct Way {
+    int stages, shared_bytes, threads;
+  };
+  const Way ways[] = {{2, limits.shared_bytes_of_two, kMaxThreads / 2},
+                      {2, limits.shared_bytes, kMaxThreads},
+                      {1, limits.shared_bytes_of_two, kMaxThreads / 2},
+                      {1, limits.shared_bytes, kMaxThreads}};
+  for (const Way& way : ways) {
     for (int blocks = 1; blocks <= limits.cluster_blocks; blocks *= 2) {
       const std::int64_t slice = args.objective.vocab_size / blocks;
-      if (stages * stage_bytes(args, slice) > limits.shared_bytes) continue;  // nor fits an int
-      const Plan plan = plan_of(args, blocks, true, stages);
-      if (plan.shared_bytes > limits.shared_bytes) continue;
+      if (way.stages * stage_bytes(args, slice) > way.shared_bytes) continue;  // nor fits an int
+      const Plan plan = plan_of(args, blocks, true, way.stages, way.threads);
+      if (plan.shared_bytes > way.shared_bytes) continue;
       if (const int teams = resident(plan)) return with_teams(plan, teams);
     }
   }
@@ -74,7 +84,7 @@ Plan make_plan(const DistillArgs& args, const Limits& limits, const Resident& re
          limits.multiprocessors / blocks * row_bytes > limits.l2_bytes / 2) {
     blocks *= 2;
   }
-  const Plan plan = plan_of(args, blocks, false, 0);
+  const Plan plan = plan_of(args, blocks, false, 0, kMaxThreads);
   return with_teams(plan, std::min(resident(plan), kMaxBlocks / blocks));
 }
 

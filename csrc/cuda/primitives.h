@@ -19,31 +19,26 @@ namespace gpu {
 KDK_DEVICE int thread_rank() { return static_cast<int>(threadIdx.x); }
 KDK_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 
+KDK_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+KDK_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
+
+// Of kernels that are launched in clusters.
 #if __CUDA_ARCH__ >= 900
 #define KDK_HAS_CLUSTERS 1
-KDK_DEVICE int special(int which) {
-  unsigned value;
-  if (which == 0) {
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
-  } else if (which == 1) {
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(value));
-  } else if (which == 2) {
-    asm("mov.u32 %0, %%clusterid.x;" : "=r"(value));
-  } else {
-    asm("mov.u32 %0, %%nclusterid.x;" : "=r"(value));
-  }
-  return static_cast<int>(value);
+KDK_DEVICE int block_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
 }
-KDK_DEVICE int block_rank() { return special(0); }
-KDK_DEVICE int cluster_blocks() { return special(1); }
-KDK_DEVICE int cluster_index() { return special(2); }
-KDK_DEVICE int grid_clusters() { return special(3); }
+KDK_DEVICE int cluster_blocks() {
+  unsigned blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
 #else
 #define KDK_HAS_CLUSTERS 0
 KDK_DEVICE int block_rank() { return 0; }
 KDK_DEVICE int cluster_blocks() { return 1; }
-KDK_DEVICE int cluster_index() { return static_cast<int>(blockIdx.x); }
-KDK_DEVICE int grid_clusters() { return static_cast<int>(gridDim.x); }
 #endif
 
 // The block's dynamic shared memory.

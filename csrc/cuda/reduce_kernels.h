@@ -21,7 +21,7 @@ struct MeanTask {
 
 // One block.
 KDK_DEVICE void prepare(const MeanTask& task) {
-  Team team = join_team(1, nullptr);
+  Team team = join_team(1, task.scratch);
   for (int i = thread_rank(); i < kMaxBlocks; i += block_threads()) task.scratch->arrivals[i] = 0;
   TwoFloats denominator{1, 0};
   if (task.mean && task.num_items != nullptr) {
@@ -47,14 +47,14 @@ KDK_DEVICE void prepare(const MeanTask& task) {
 struct FinishTask {
   std::int64_t rows;
   const float* row_losses;
-  const Scratch* scratch;
+  Scratch* scratch;
   float* loss;
   float* unscale;  // null where every row has its own
 };
 
 // One block: the rows' losses add up in pairs of floats.
 KDK_DEVICE void finish(const FinishTask& task) {
-  Team team = join_team(1, nullptr);
+  Team team = join_team(1, task.scratch);
   TwoFloats sum{0, 0};
   for (std::int64_t row = thread_rank(); row < task.rows; row += block_threads()) {
     sum = add(sum, {task.row_losses[row], 0});
@@ -72,7 +72,7 @@ KDK_DEVICE void finish(const FinishTask& task) {
 // A block takes rows in turn. A factor of 1 leaves a row as it is, without asking the host.
 KDK_DEVICE void scale_rows(const ScaleArgs& args) {
   const std::int64_t rows = args.batch * args.length;
-  for (std::int64_t row = cluster_index(); row < rows; row += grid_clusters()) {
+  for (std::int64_t row = block_index(); row < rows; row += grid_blocks()) {
     if (args.labels != nullptr && args.labels[row] == args.ignore_index) continue;
     if (args.weights != nullptr && args.weights[row] == 0) continue;
     const float unscale = args.unscale[args.grad.dtype == DType::kFloat16 ? row : 0];

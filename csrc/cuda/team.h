@@ -43,23 +43,15 @@ struct Team {
   std::uint32_t met;
 };
 
-// The block's team, `blocks` strong; the cluster's where `scratch` is null.
+// The block's team, `blocks` strong; its cluster where `scratch` is null.
 KDK_DEVICE Team join_team(int blocks, Scratch* scratch) {
   Team team{};
   team.exchange = reinterpret_cast<Exchange*>(shared_memory());
   team.scratch = scratch;
-  if (scratch == nullptr) {
-    team.rank = block_rank();
-    team.blocks = cluster_blocks();
-    team.index = cluster_index();
-    team.teams = grid_clusters();
-  } else {
-    const int block = cluster_index() * cluster_blocks() + block_rank();
-    team.rank = block % blocks;
-    team.blocks = blocks;
-    team.index = block / blocks;
-    team.teams = grid_clusters() * cluster_blocks() / blocks;
-  }
+  team.blocks = scratch == nullptr ? cluster_blocks() : blocks;
+  team.rank = scratch == nullptr ? block_rank() : block_index() % blocks;
+  team.index = block_index() / team.blocks;
+  team.teams = grid_blocks() / team.blocks;
   return team;
 }
 

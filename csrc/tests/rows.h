@@ -15,27 +15,31 @@ namespace kdk::test {
 
 constexpr std::int64_t kIgnore = -100;
 
-// Logits in an allocation of exactly their size, so that the address sanitizer guards both ends.
+// Logits in an allocation that ends where they do, so that the address sanitizer guards it; they
+// begin `offset` elements from a multiple of 16 bytes.
 struct Logits {
   DType dtype;
-  std::int64_t rows, width;
+  std::int64_t rows, width, offset;
   std::unique_ptr<unsigned char[]> bytes;
 
-  Logits(DType dtype, std::int64_t rows, std::int64_t width)
+  Logits(DType dtype, std::int64_t rows, std::int64_t width, std::int64_t offset = 0)
       : dtype(dtype),
         rows(rows),
         width(width),
-        bytes(new unsigned char[static_cast<std::size_t>(rows * width * size_of(dtype))]) {}
+        offset(offset),
+        bytes(
+            new unsigned char[static_cast<std::size_t>((offset + rows * width) * size_of(dtype))]) {
+  }
 
   float get(std::int64_t row, std::int64_t column) const {
-    const std::int64_t i = row * width + column;
+    const std::int64_t i = offset + row * width + column;
     if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(bytes.get())[i];
     const std::uint16_t bits = reinterpret_cast<const std::uint16_t*>(bytes.get())[i];
     return dtype == DType::kBFloat16 ? float_from_bfloat16(bits) : float_from_float16(bits);
   }
 
   void set(std::int64_t row, std::int64_t column, float value) {
-    const std::int64_t i = row * width + column;
+    const std::int64_t i = offset + row * width + column;
     if (dtype == DType::kFloat32) {
       reinterpret_cast<float*>(bytes.get())[i] = value;
     } else {
@@ -44,7 +48,7 @@ struct Logits {
     }
   }
 
-  Rows view() const { return {bytes.get(), dtype, rows * width, width}; }
+  Rows view() const { return {bytes.get() + offset * size_of(dtype), dtype, rows * width, width}; }
 };
 
 struct Reference {
@@ -98,11 +102,13 @@ struct Case {
   Divergence divergence;
   double temperature;
   bool in_place;
+  std::int64_t grad_offset = 0;  // of a gradient that is not in place: see Logits
 };
 
 // Returns all that was computed, as bits.
 inline std::vector<std::uint32_t> test_operators(const Operators& operators, const Case& which) {
-  const auto& [student_type, teacher_type, columns, divergence, temperature, in_place] = which;
+  const auto& [student_type, teacher_type, columns, divergence, temperature, in_place,
+               grad_offset] = which;
   constexpr std::int64_t kRows = 3;
   const std::int64_t padding = columns % 5;
   std::mt19937 random(static_cast<unsigned>(columns));
@@ -137,7 +143,7 @@ inline std::vector<std::uint32_t> test_operators(const Operators& operators, con
   for (std::int64_t row : {0, 2}) {
     want.push_back(reference(student, teacher, row, labels[row], args.objective));
   }
-  Logits separate(student_type, kRows, columns + padding);
+  Logits separate(student_type, kRows, columns + padding, grad_offset);
   Logits& grad = in_place ? student : separate;
   args.grad = grad.view();
   float rows[3 * kRows], loss, unscale[kRows];

@@ -38,8 +38,13 @@ def unavailable(device_type):
     return _no_code_for(torch.cuda.current_device())
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile cannot look into it
 def _no_code_for(device):
+    return _ask_for_code(device)
+
+
+@functools.cache
+def _ask_for_code(device):
     error = _C.cuda_usable(device)
     return error and f"kdkernels._C was built for other GPUs: {error}"
 
@@ -122,7 +127,8 @@ def _scale_on_cpu(device, *args):
 @functools.cache
 def _bad_label(device):
     """1 + a row whose label was out of range, written by the GPU: int64 (), page-locked."""
-    return torch.zeros((), dtype=torch.int64, pin_memory=True)
+    with torch.inference_mode(False):  # it outlives the mode of the call that is the first
+        return torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def take_bad_label(device):

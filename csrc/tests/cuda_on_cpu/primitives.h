@@ -19,8 +19,10 @@ KDK_DEVICE int thread_rank() { return runtime::place().thread; }
 KDK_DEVICE int block_threads() { return runtime::place().threads; }
 KDK_DEVICE int block_rank() { return runtime::place().block; }
 KDK_DEVICE int cluster_blocks() { return runtime::place().blocks; }
-KDK_DEVICE int cluster_index() { return runtime::place().cluster; }
-KDK_DEVICE int grid_clusters() { return runtime::place().clusters; }
+KDK_DEVICE int block_index() {
+  return runtime::place().cluster * runtime::place().blocks + runtime::place().block;
+}
+KDK_DEVICE int grid_blocks() { return runtime::place().clusters * runtime::place().blocks; }
 
 KDK_DEVICE char* shared_memory() { return runtime::place().shared; }
 

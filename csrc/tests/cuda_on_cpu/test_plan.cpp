@@ -8,8 +8,8 @@ using kdk::DType;
 using kdk::gpu::Limits;
 using kdk::gpu::Plan;
 
-constexpr Limits kHopper = {231424, 16, 132, 50 << 20};
-constexpr Limits kAmpere = {166912, 0, 108, 40 << 20};
+constexpr Limits kHopper = {231424, 114688, 16, 132, 50 << 20};
+constexpr Limits kAmpere = {166912, 82944, 0, 108, 40 << 20};
 
 Plan plan_for(const Limits& device, DType student, DType teacher, std::int64_t columns,
               std::int64_t rows = 8192, int largest_cluster = 16) {
@@ -33,8 +33,9 @@ void check_plan(const Plan& plan, std::int64_t columns, const Limits& device) {
   CHECK(plan.teams >= 1 && plan.teams * plan.team_blocks <= device.multiprocessors);
 }
 
-void check(const Plan& plan, bool clusters, int blocks, int stages) {
+void check(const Plan& plan, bool clusters, int blocks, int stages, int threads) {
   CHECK(plan.clusters == clusters);
+  CHECK(plan.threads == threads);
   CHECK(plan.team_blocks == blocks);
   CHECK(plan.stages == stages);
 }
@@ -44,23 +45,26 @@ void check(const Plan& plan, bool clusters, int blocks, int stages) {
 int main() {
   const DType half = DType::kBFloat16, single = DType::kFloat32;
 
-  // Two rows in the fewest blocks, then one row.
-  check(plan_for(kHopper, half, half, 1000), true, 1, 2);
-  check(plan_for(kHopper, half, half, 32000), true, 2, 2);
-  check(plan_for(kHopper, half, half, 128256), true, 8, 2);
-  check(plan_for(kHopper, half, half, 151936), true, 8, 2);
-  check(plan_for(kHopper, half, half, 262144), true, 16, 2);
-  check(plan_for(kHopper, half, single, 128256), true, 8, 2);
-  check(plan_for(kHopper, single, single, 262144), true, 16, 1);
+  // Two rows in two blocks to a multiprocessor, in one, then one row.
+  check(plan_for(kHopper, half, half, 1000), true, 1, 2, 128);
+  check(plan_for(kHopper, half, half, 4096), true, 1, 2, 256);
+  check(plan_for(kHopper, half, half, 32000), true, 4, 2, 256);
+  check(plan_for(kHopper, half, half, 128256), true, 16, 2, 256);
+  check(plan_for(kHopper, half, half, 151936), true, 16, 2, 256);
+  check(plan_for(kHopper, half, half, 262144), true, 16, 2, 512);
+  check(plan_for(kHopper, half, single, 128256), true, 16, 2, 256);
+  check(plan_for(kHopper, single, single, 262144), true, 16, 1, 512);
   // A device whose clusters have 8 blocks at most.
-  check(plan_for(kHopper, half, half, 262144, 8192, 8), true, 8, 1);
-  check(plan_for(kHopper, single, single, 262144, 8192, 8), false, 16, 0);
+  check(plan_for(kHopper, half, half, 128256, 8192, 8), true, 8, 2, 512);
+  check(plan_for(kHopper, half, half, 262144, 8192, 8), true, 8, 1, 512);
+  check(plan_for(kHopper, half, half, 200000, 8192, 8), true, 8, 2, 512);
+  check(plan_for(kHopper, single, single, 262144, 8192, 8), false, 16, 0, 512);
   // Too long for every cluster: memory, as many blocks to a row as the cache needs.
-  check(plan_for(kHopper, single, single, 1'000'000), false, 32, 0);
-  check(plan_for(kAmpere, half, half, 1000), false, 1, 0);
-  check(plan_for(kAmpere, half, half, 32000), false, 1, 0);
-  check(plan_for(kAmpere, half, half, 128256), false, 4, 0);
-  check(plan_for(kAmpere, single, single, 128256), false, 8, 0);
+  check(plan_for(kHopper, single, single, 1'000'000), false, 32, 0, 512);
+  check(plan_for(kAmpere, half, half, 1000), false, 1, 0, 128);
+  check(plan_for(kAmpere, half, half, 32000), false, 1, 0, 512);
+  check(plan_for(kAmpere, half, half, 128256), false, 4, 0, 512);
+  check(plan_for(kAmpere, single, single, 128256), false, 8, 0, 512);
 
   for (const Limits& device : {kHopper, kAmpere}) {
     for (DType student : {half, single}) {

@@ -84,8 +84,8 @@ void fenced_sync() {
 void test_places() {
   std::vector<int> seen;
   launch({3, 2, 64, 0}, [&] {
-    CHECK(block_threads() == 64 && cluster_blocks() == 2 && grid_clusters() == 3);
-    seen.push_back((cluster_index() * 2 + block_rank()) * 64 + thread_rank());
+    CHECK(block_threads() == 64 && cluster_blocks() == 2 && grid_blocks() == 6);
+    seen.push_back(block_index() * 64 + thread_rank());
   });
   std::vector<int> in_order(3 * 2 * 64);
   std::iota(in_order.begin(), in_order.end(), 0);
@@ -102,7 +102,7 @@ void test_shared_memory_starts_poisoned() {
     poisoned &= std::isnan(shared().data.at[0]);
     std::fill_n(shared_memory(), 1000, '\0');
     CHECK(reinterpret_cast<std::uintptr_t>(memory) % 128 == 0);
-    if (cluster_index() == 0) memories.push_back(shared_memory());
+    if (block_index() < cluster_blocks()) memories.push_back(shared_memory());
   });
   CHECK(poisoned);
   CHECK(memories.size() == 2 && memories[0] != memories[1]);
@@ -359,7 +359,7 @@ void test_sync_misuse() {
               }));
   CHECK(
       fails({2, 2, 64, 0}, "sync_cluster: 64 threads of the cluster have returned (cluster 1", [] {
-        if (cluster_index() == 0 || block_rank() == 1) sync_cluster();
+        if (block_index() < cluster_blocks() || block_rank() == 1) sync_cluster();
       }));
   CHECK(fails(kOneBlock, "sync_cluster: 1 threads of the block are at sync_block", [] {
     if (first_thread()) return sync_block();
