@@ -646,3 +646,16 @@ def test_n11_ignored_rows_are_plus_0(backend, dtype):
     loss, grad = row_outputs(backend, student, teacher, labels)
     assert_plus_zero(loss[4])
     assert_plus_zero(grad[4])
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "skew_reverse_kl"])
+def test_n7_gradient_row_sum_where_the_slopes_are_large(backend, name):
+    """Rounded probabilities do not add up to 1: with slopes of 1000 the row sum shows it."""
+    dtype = torch.float64 if backend == "eager" else torch.float32
+    for v in (67, 1000, 3001):
+        student, teacher = torch.zeros(1, v, dtype=dtype), torch.zeros(1, v, dtype=dtype)
+        teacher[0, 5] = 1000.0
+        options = dict(divergence=name, reduction="sum", backend=backend)
+        _, grad = run(student, teacher, upstream=torch.tensor(1.0), **options)
+        print(f"{name} {v}: row sum {grad.double().sum().item():.3g}")
+        assert grad.double().sum().abs() <= 2.0**-20

@@ -213,6 +213,21 @@ def test_h11_no_class(backend, dtype):
     assert_plus_zero(kd_loss(empty, empty, backend=backend))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_h05_h06_h07_without_a_teacher(backend, dtype, smoothing):
+    """A row of -inf, +inf at and beside the label, NaN: NaN as a whole."""
+    student, teacher, _ = problem(7, 70, dtype=dtype)
+    labels = torch.full((7,), 3)
+    options = dict(alpha=0.0, label_smoothing=smoothing, reduction="none", backend=backend)
+    sound = run(student, teacher, labels, **options)
+    student[1] = -float("inf")
+    student[2, 3] = student[3, 60] = float("inf")
+    student[4, 3] = student[5, 60] = NAN
+    loss, grad = run(student, teacher, labels, **options)
+    assert loss[1:6].isnan().all() and grad[1:6].isnan().all()
+    assert_same_bits((loss[[0, 6]], sound[0][[0, 6]]), (grad[[0, 6]], sound[1][[0, 6]]))
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("spread", [0.0, 3.0])
 def test_h4_infinite_even_where_the_labels_probability_underflows(

@@ -72,3 +72,14 @@ def test_shift_with_any_ignore_index(backend, label_dtype):
     usual = run(student, teacher, labels, **options)
     huge = run(student, teacher, labels.to(label_dtype), ignore_index=2**40, **options)
     assert_same_bits(*zip(huge, usual, strict=True))
+
+
+@pytest.mark.parametrize("padding", [65, 1000])
+def test_padding_of_many_columns(backend, dtype, padding):
+    """More of them than a block has threads; Qwen's vocabularies have 293."""
+    student, teacher, labels = problem(3, 19, dtype=dtype)
+    plain = run(student, teacher, labels, backend=backend)
+    wide = torch.cat((student, torch.full((3, padding), NAN, dtype=dtype)), -1)
+    loss, grad = run(wide, teacher, labels, vocab_size=19, backend=backend)
+    assert_same_bits((loss, plain[0]), (grad[:, :19], plain[1]))
+    assert_plus_zero(grad[:, 19:])
