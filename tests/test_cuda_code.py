@@ -115,17 +115,17 @@ def test_every_kernel_of_the_module():
 
 
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
-@pytest.mark.parametrize(
-    ("divergence", "archs"), [("ForwardKL", ("90a", "100a")), ("JSD", ("90a",))]
-)
-def test_architectures_by_name(tmp_path, divergence, archs):
+@pytest.mark.parametrize("divergence", ["ForwardKL", "JSD"])
+def test_architectures_by_name(tmp_path, divergence):
     """Code for one kind of GPU alone, which the module does not contain."""
+    archs = ("90a", "100a")
     output = tmp_path / "distill.o"
     subprocess.run(
         [
             nvcc(),
             "-std=c++17",
             "-O3",
+            "-Xptxas=--register-usage-level=3",  # as CMakeLists.txt has it
             f"-I{ROOT / 'csrc'}",
             f"-DKDK_DIVERGENCE=k{divergence}",
             *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),

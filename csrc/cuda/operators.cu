@@ -59,9 +59,10 @@ cudaError_t plan_for(const DistillArgs& args, int device, RowTask* task) {
     RowTask planned = *task;
     planned.plan = plan;
     const void* kernel = kernel_for(planned);
+    Limits own;
     int teams = 0;
-    // Sets what the kernel may use, too.
-    if (status == cudaSuccess) status = limits_of(kernel, device, &limits);
+    // For what it does: it lets the kernel use all that there is.
+    if (status == cudaSuccess) status = limits_of(kernel, device, &own);
     if (status == cudaSuccess) status = resident_teams(kernel, device, plan, &teams);
     return teams;
   });

@@ -13,8 +13,8 @@ namespace gpu {
 constexpr int kMaxThreads = 32 * kMaxWarps;
 
 struct Plan {
-  int threads;       // of a block, a multiple of 32
-  int team_blocks;   // that share a row
+  int threads;       // of a block: 32 times a power of 2
+  int team_blocks;   // that share a row, a power of 2
   bool clusters;     // the teams are clusters; else they meet in memory, all of them at once
   int teams;         // in the grid
   int slice;         // columns of a block, a multiple of kChunk

@@ -143,11 +143,10 @@ KDK_DEVICE void add_label(const RowTask& task, const Row& row, Sums& sums) {
 template <typename K>
 KDK_DEVICE Sums merge_sums(const RowTask& task, const Row& row, const Sums& sums, Team& team) {
   float fields[6] = {sums.max_s, sums.max_t, sums.z_s, sums.z_t, sums.gap, sums.z_rest};
-  const float neutral[6] = {-kInfinity, -kInfinity, 0, 0, 0, 0};
   const auto sums_of = [](const float (&from)[6]) {
     return Sums{from[0], from[1], from[2], from[3], from[4], from[5]};
   };
-  team_reduce(fields, neutral, team, [&](float (&mine)[6], int lanes) {
+  team_reduce(fields, team, [&](float (&mine)[6], int lanes) {
     float maxima[2] = {mine[0], mine[1]};
     reduce_lanes(maxima, lanes, [](float (&into)[2], const float (&other)[2]) {
       into[0] = larger(other[0], into[0]);

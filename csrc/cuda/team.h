@@ -86,18 +86,10 @@ KDK_DEVICE float load_published(const Team& team, int rank, int field) {
   return load_from_block(&team.scratch->blocks[team.turn][team.index * team.blocks + rank][field]);
 }
 
-// The smallest one that is not below n.
-KDK_DEVICE int power_of_2(int n) {
-  int power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
-
 // `reduce(values, lanes)` leaves with each of `lanes` neighbouring lanes, a power of 2, the
-// reduction over them; `neutral` is what adds nothing to it.
+// reduction over them. Blocks have a power of 2 of warps, and teams of blocks: see plan.h.
 template <int kFields, typename Reduce>
-KDK_DEVICE void team_reduce(float (&values)[kFields], const float (&neutral)[kFields], Team& team,
-                            const Reduce& reduce) {
+KDK_DEVICE void team_reduce(float (&values)[kFields], Team& team, const Reduce& reduce) {
   static_assert(kFields <= kMaxFields);
   auto& slots = team.exchange->warps[team.turn];
   reduce(values, 32);
@@ -106,19 +98,17 @@ KDK_DEVICE void team_reduce(float (&values)[kFields], const float (&neutral)[kFi
     for (int i = 0; i < kFields; ++i) slots[thread_rank() / 32][i] = values[i];
   }
   sync_block();
-  const int warps = block_threads() / 32, lanes = power_of_2(warps);
-  const int warp = thread_rank() % lanes;
+  const int warps = block_threads() / 32;
   KDK_UNROLL
-  for (int i = 0; i < kFields; ++i) values[i] = warp < warps ? slots[warp][i] : neutral[i];
-  reduce(values, lanes);
+  for (int i = 0; i < kFields; ++i) values[i] = slots[thread_rank() % warps][i];
+  reduce(values, warps);
   if (team.blocks > 1) {
     publish(values, team);
-    const int lanes = power_of_2(team.blocks), rank = thread_rank() % lanes;
     KDK_UNROLL
     for (int i = 0; i < kFields; ++i) {
-      values[i] = rank < team.blocks ? load_published(team, rank, i) : neutral[i];
+      values[i] = load_published(team, thread_rank() % team.blocks, i);
     }
-    reduce(values, lanes);
+    reduce(values, team.blocks);
   }
   team.turn ^= 1;
 }
@@ -136,8 +126,7 @@ KDK_DEVICE void reduce_lanes(float (&values)[kFields], int lanes, const Combine&
 
 template <int kFields>
 KDK_DEVICE void team_sum(float (&values)[kFields], Team& team) {
-  const float zeros[kFields] = {};
-  team_reduce(values, zeros, team, [](float (&mine)[kFields], int lanes) {
+  team_reduce(values, team, [](float (&mine)[kFields], int lanes) {
     reduce_lanes(mine, lanes, [](float (&into)[kFields], const float (&other)[kFields]) {
       KDK_UNROLL
       for (int i = 0; i < kFields; ++i) into[i] += other[i];
@@ -148,8 +137,7 @@ KDK_DEVICE void team_sum(float (&values)[kFields], Team& team) {
 // Sums of pairs of floats, one pair after the other; the rest, kFields − 2 kPairs, plain.
 template <int kPairs, int kFields>
 KDK_DEVICE void team_sum_pairs(float (&values)[kFields], Team& team) {
-  const float zeros[kFields] = {};
-  team_reduce(values, zeros, team, [](float (&mine)[kFields], int lanes) {
+  team_reduce(values, team, [](float (&mine)[kFields], int lanes) {
     reduce_lanes(mine, lanes, [](float (&into)[kFields], const float (&other)[kFields]) {
       KDK_UNROLL
       for (int i = 0; i < 2 * kPairs; i += 2) {
@@ -164,9 +152,8 @@ KDK_DEVICE void team_sum_pairs(float (&values)[kFields], Team& team) {
 }
 
 KDK_DEVICE float team_max(float value, Team& team) {
-  const float neutral[1] = {-kInfinity};
   float values[1] = {value};
-  team_reduce(values, neutral, team, [](float (&mine)[1], int lanes) {
+  team_reduce(values, team, [](float (&mine)[1], int lanes) {
     reduce_lanes(mine, lanes, [](float (&into)[1], const float (&other)[1]) {
       into[0] = larger(other[0], into[0]);
     });

@@ -29,7 +29,10 @@ void check_plan(const Plan& plan, std::int64_t columns, const Limits& device) {
   CHECK(plan.slice % kdk::gpu::kChunk == 0);
   CHECK(static_cast<std::int64_t>(plan.slice) * plan.team_blocks >= columns);
   CHECK(plan.shared_bytes <= device.shared_bytes);
-  CHECK(plan.threads % 32 == 0 && plan.threads <= kdk::gpu::kMaxThreads);
+  const int warps = plan.threads / 32;
+  CHECK(plan.threads % 32 == 0 && (warps & (warps - 1)) == 0);
+  CHECK(plan.threads <= kdk::gpu::kMaxThreads);
+  CHECK((plan.team_blocks & (plan.team_blocks - 1)) == 0);
   CHECK(plan.teams >= 1 && plan.teams * plan.team_blocks <= device.multiprocessors);
 }
 
