@@ -138,6 +138,6 @@ def test_architectures_by_name(tmp_path, divergence):
     )
     found = resources(output)
     assert {arch for arch, _ in found} == {f"sm_{arch}" for arch in archs}
-    assert len(found) == len(archs) * (10 if divergence == "ForwardKL" else 4)
+    assert len(found) == len(archs) * (6 if divergence == "ForwardKL" else 4)
     check_resources(found)
     check_hopper(instructions(output, "sm_90a"))

@@ -659,3 +659,69 @@ def test_n7_gradient_row_sum_where_the_slopes_are_large(backend, name):
         _, grad = run(student, teacher, upstream=torch.tensor(1.0), **options)
         print(f"{name} {v}: row sum {grad.double().sum().item():.3g}")
         assert grad.double().sum().abs() <= 2.0**-20
+
+
+# --- Rows that are far apart ---------------------------------------------------------------------
+
+# With the betas at which φ of a class that only the student has is well above the bound.
+SEPARATE = (("reverse_kl", None), ("jsd", 0.3), ("jsd", 0.5), ("skew_forward_kl", 0.1))
+
+
+@pytest.mark.parametrize(("divergence", "beta"), (*SEPARATE, ("skew_reverse_kl", 0.1)))
+def test_n4_of_classes_that_one_side_has_for_itself(compiled, divergence, beta):
+    for v in (2, 3, 5, 17, 1000):
+        student, teacher, _ = realistic(40, v, dtype=torch.float32, seed=v)
+        student[:20, 0] += torch.arange(20.0)
+        teacher[10:30, -1] += torch.arange(20.0) * 1.3
+        options = dict(divergence=divergence, beta=beta, reduction="sum")
+        _, grad = run(student, teacher, upstream=torch.tensor(1.0), backend=compiled, **options)
+        worst = gradient_ratio(grad, reference(student, teacher, **options))
+        check(f"N4 {divergence} V={v}", worst, 1.0)
+
+
+# -60 is an ordinary logit, -80 of nearly the smallest normal probability, -95 of none.
+@pytest.mark.parametrize("logit", [-60.0, -80.0, -86.0, -95.0, -math.inf])
+@pytest.mark.parametrize("divergence", NAMES)
+def test_n4_of_a_class_that_the_student_all_but_rules_out(compiled, divergence, logit):
+    if divergence == "forward_kl" and logit == -math.inf:
+        pytest.skip("infinite: H4")
+    student, teacher = torch.full((1, 1000), -5.0), torch.full((1, 1000), -5.0)
+    student[0, 0] = teacher[0, 1] = 0.0
+    student[0, 1] = logit
+    options = dict(divergence=divergence, reduction="sum")
+    _, grad = run(student, teacher, upstream=torch.tensor(1.0), backend=compiled, **options)
+    check("N4", gradient_ratio(grad, reference(student, teacher, **options)), 1.0)
+
+
+@pytest.mark.parametrize("temperature", [2.0**-16, 2.0**-20])
+def test_a_large_scale_times_no_probability(compiled, temperature):
+    """1 / T² and a logit of -inf: 0 times what float32 does not hold."""
+    student, teacher, labels = realistic(1, 50, dtype=torch.float32)
+    student[0, 3] = -math.inf
+    for divergence in ("reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        _, grad = run(
+            student * temperature,
+            teacher * temperature,
+            labels,
+            upstream=torch.tensor(1.0),
+            backend=compiled,
+            divergence=divergence,
+            temperature=temperature,
+            t_squared=False,
+        )
+        assert grad.isfinite().all()
+        assert_plus_zero(grad[0, 3])
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_n7_of_a_tail_of_equal_logits(compiled, divergence):
+    """Their exponentials are all rounded alike, and no error of theirs averages out."""
+    v, temperature = 128256, 3.0
+    student, teacher = torch.full((1, v), -11.366013), torch.full((1, v), -11.630389)
+    student[0, :2] = torch.tensor([0.0, -0.1786276])
+    teacher[0, v // 2 :] = -11.87685
+    teacher[0, 0] = 0.0
+    student, teacher = student * temperature, teacher * temperature
+    options = dict(divergence=divergence, temperature=temperature, reduction="sum")
+    _, grad = run(student, teacher, upstream=torch.tensor(1.0), backend=compiled, **options)
+    check("N7", grad.double().sum().abs().item() / temperature, 2.0**-20)

@@ -16,9 +16,17 @@
 
 namespace kdk {
 
+// Arithmetic for GPUs, whose kernels the tests run on a CPU too.
+#if defined(__CUDA_ARCH__) || defined(KDK_CUDA_ON_CPU)
+constexpr bool kForGPU = true;
+#else
+constexpr bool kForGPU = false;
+#endif
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kLog2E = 1.4426950408889634074;
+constexpr float kLog2 = 0.69314718f;
 
 KDK_FN float from_bits(std::uint32_t bits) {
   float value;
@@ -42,22 +50,13 @@ struct TwoFloats {
   float lo;
 };
 
-// log2(e), the rate of e^x; see split_rate.
+// log2(e), the rate of e^x.
 constexpr TwoFloats kUnitRate = {static_cast<float>(kLog2E),
                                  static_cast<float>(kLog2E - static_cast<float>(kLog2E))};
-static_assert(kUnitRate.lo > 0);
 
 KDK_FN TwoFloats split(double x) {
   const float hi = static_cast<float>(x);
   return {hi, static_cast<float>(x - hi)};
-}
-
-// The same for a rate log2(e) / T, both parts positive: −inf times each of them is −inf, and their
-// sum no NaN.
-KDK_FN TwoFloats split_rate(double rate) {
-  TwoFloats parts = split(rate);
-  if (parts.lo <= 0) parts.hi = from_bits(to_bits(parts.hi) - 1);
-  return {parts.hi, static_cast<float>(rate - parts.hi)};
 }
 
 // a − b = hi + lo exactly (Knuth, The Art of Computer Programming 2, 4.2.2 theorem B); lo is NaN
@@ -77,65 +76,14 @@ KDK_FN float fused(float a, float b, float c) {
 #endif
 }
 
-#ifdef __CUDA_ARCH__
+// Adding 1.5 · 2^23 rounds to an integer n; adding the exponent bias as well leaves n + 127 in the
+// low bits, which shifted into place are 2^n.
+constexpr float kShift = 12582912.0f + 127.0f;
 
-// 2^x by the special-function unit, to 2 ulp; subnormal results are 0.
-static __device__ __forceinline__ float exp2_unit(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The larger one; that of b where a is NaN.
-static __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
-
-// 1 / x to 1 ulp.
-static __device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// As on the host, below, but without kLow the exponent's argument is rounded: an error of 2^-24
-// |x| / T more.
-template <bool kLow, bool kUnderflow = true>
-static __device__ __forceinline__ float exp_of(float x, float x_lo, TwoFloats rate) {
-  float y;
-  if constexpr (kLow) {
-    constexpr float kShift = 12582912.0f + 127.0f;
-    const float shifted = x * rate.hi + kShift;
-    const float n = shifted - kShift;
-    float f = fused(x, rate.hi, -n);
-    f = x * rate.lo + f;
-    f = x_lo * rate.hi + f;
-    y = exp2_unit(f) * from_bits(to_bits(shifted) << 23);
-    y = shifted < 12582912.0f + 1.0f ? 0.0f : y;
-  } else {
-    y = exp2_unit(fused(x, rate.hi, x * rate.lo));
-  }
-  return y;
-}
-
-#else
-
-KDK_FN float larger(float a, float b) { return a > b ? a : b; }
-
-KDK_FN float reciprocal(float x) { return 1.0f / x; }
-
-// e^{(x + x_lo) / T} for x <= 0, with rate = log2(e) / T in two floats: 2 ulp. Exactly 1 at 0,
-// exactly 0 at −inf and wherever the result would be subnormal; NaN stays NaN. Without kUnderflow x
-// must be above −kUnderflowAt · T.
-template <bool kLow, bool kUnderflow = true>
-KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
-  // Adding 1.5 · 2^23 rounds to an integer n; adding the exponent bias as well leaves n + 127 in
-  // the low bits, which shifted into place are 2^n.
-  constexpr float kShift = 12582912.0f + 127.0f;
-  const float shifted = x * rate.hi + kShift;
-  const float n = shifted - kShift;
-  float f = fused(x, rate.hi, -n);
-  f = x * rate.lo + f;
-  if constexpr (kLow) f = x_lo * rate.hi + f;
-  // 2^f on [−½, ½], relative error 2e-9, and 1 at 0.
+// 2^f · 2^n for |f| <= ½ and shifted = n + kShift: relative error 2e-9 before it is rounded, and 1
+// at 0. Without kUnderflow 2^n must be a normal float; else the result is 0 where it is not.
+template <bool kUnderflow>
+KDK_FN float exp2_of(float f, float shifted) {
   float y = 1.5353362e-4f;
   y = y * f + 1.3398874e-3f;
   y = y * f + 9.6184374e-3f;
@@ -149,7 +97,98 @@ KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
   return from_bits(to_bits(y) & mask);
 }
 
+// log(x) = exponent · log 2 + of_fraction, for normal x > 0.
+struct Logarithm {
+  float exponent, of_fraction;
+};
+
+KDK_FN Logarithm logarithm(float x) {
+  constexpr std::uint32_t kSqrtHalf = 0x3f3504f3u;
+  const std::uint32_t bits = to_bits(x) - kSqrtHalf;
+  const float exponent = static_cast<float>(static_cast<std::int32_t>(bits) >> 23);
+  const float f = from_bits((bits & 0x7fffffu) + kSqrtHalf) - 1.0f;  // [√½ − 1, √2 − 1]
+  float y = 7.0376792e-2f;
+  y = y * f - 1.1514607e-1f;
+  y = y * f + 1.1676999e-1f;
+  y = y * f - 1.2420141e-1f;
+  y = y * f + 1.4249323e-1f;
+  y = y * f - 1.6668058e-1f;
+  y = y * f + 2.0000715e-1f;
+  y = y * f - 2.4999994e-1f;
+  y = y * f + 3.3333331e-1f;
+  y = y * f * f * f - 0.5f * f * f;
+  return {exponent, y + f};
+}
+
+// What a GPU has an instruction for.
+#ifdef __CUDA_ARCH__
+
+// 2^x to 2 ulp; 0 where it is subnormal.
+static __device__ __forceinline__ float exp2_unit(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x) to 2^-22, absolute between ½ and 2, else relative; subnormal x count as 0.
+static __device__ __forceinline__ float log2_unit(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The larger or smaller one; b where a is NaN.
+static __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+static __device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+
+// Between 0 and 1; 0 where x is NaN.
+static __device__ __forceinline__ float saturate(float x) { return __saturatef(x); }
+
+// 1 / x to 1 ulp.
+static __device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#else
+
+KDK_FN float exp2_unit(float x) {
+  const float shifted = x + kShift;
+  return exp2_of<true>(x - (shifted - kShift), shifted);
+}
+
+KDK_FN float log2_unit(float x) {
+  const Logarithm log = logarithm(x);
+  const float y = log.exponent + log.of_fraction * static_cast<float>(kLog2E);
+  if (!(x <= std::numeric_limits<float>::max())) return x;
+  return x < std::numeric_limits<float>::min() ? -kInfinity : y;
+}
+
+KDK_FN float larger(float a, float b) { return a > b ? a : b; }
+KDK_FN float smaller(float a, float b) { return a < b ? a : b; }
+KDK_FN float saturate(float x) { return x > 0 ? smaller(x, 1.0f) : 0.0f; }
+
+KDK_FN float reciprocal(float x) { return 1.0f / x; }
+
 #endif
+
+// e^{(x + x_lo) / T} for x <= 0, with rate = log2(e) / T in two floats: 2 ulp, on GPUs 4 ulp.
+// Exactly 1 at 0, exactly 0 at −inf and wherever the result would be subnormal; NaN stays NaN.
+// Without kUnderflow x must be above −kUnderflowAt · T. Without kLow x_lo counts as 0, and on GPUs
+// the exponent's argument is one float: an error of 2^-23 |x| / T more.
+template <bool kLow, bool kUnderflow = true>
+KDK_FN float exp_of(float x, float x_lo, TwoFloats rate) {
+  if constexpr (kForGPU && !kLow) return exp2_unit(x * rate.hi);
+  const float shifted = x * rate.hi + kShift;
+  const float n = shifted - kShift;
+  float f = fused(x, rate.hi, -n);
+  f = x * rate.lo + f;
+  if constexpr (kLow) f = x_lo * rate.hi + f;
+  if constexpr (!kForGPU) return exp2_of<kUnderflow>(f, shifted);
+  const float y = exp2_unit(f) * from_bits(to_bits(shifted) << 23);
+  return shifted < 12582912.0f + 1.0f ? 0.0f : y;
+}
 
 KDK_FN float exp_of(float x, TwoFloats rate) { return exp_of<false>(x, 0.0f, rate); }
 
@@ -176,34 +215,11 @@ KDK_FN float log1p_gap(float y) {
   return z * y + 0.5f;
 }
 
-// log(x) = exponent · log 2 + of_fraction, for normal x > 0.
-struct Logarithm {
-  float exponent, of_fraction;
-};
-
-KDK_FN Logarithm logarithm(float x) {
-  constexpr std::uint32_t kSqrtHalf = 0x3f3504f3u;
-  const std::uint32_t bits = to_bits(x) - kSqrtHalf;
-  const float exponent = static_cast<float>(static_cast<std::int32_t>(bits) >> 23);
-  const float f = from_bits((bits & 0x7fffffu) + kSqrtHalf) - 1.0f;  // [√½ − 1, √2 − 1]
-  float y = 7.0376792e-2f;
-  y = y * f - 1.1514607e-1f;
-  y = y * f + 1.1676999e-1f;
-  y = y * f - 1.2420141e-1f;
-  y = y * f + 1.4249323e-1f;
-  y = y * f - 1.6668058e-1f;
-  y = y * f + 2.0000715e-1f;
-  y = y * f - 2.4999994e-1f;
-  y = y * f + 3.3333331e-1f;
-  y = y * f * f * f - 0.5f * f * f;
-  return {exponent, y + f};
-}
-
 // log(x) for normal x > 0; finite for 0 and subnormal x, where only a product with 0 is wanted of
 // it.
 KDK_FN float log_of(float x) {
   const Logarithm log = logarithm(x);
-  return log.exponent * 0.69314718f + log.of_fraction;
+  return log.exponent * kLog2 + log.of_fraction;
 }
 
 }  // namespace kdk

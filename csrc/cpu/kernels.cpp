@@ -357,8 +357,8 @@ NormaliserRatio normaliser_ratio(const Task& task, const Statistics& sums) {
   if (ratio.kl < kNearKL) {
     ratio.log = std::log1p(normaliser_difference(task, sums) / sums.z_t);
   }
-  ratio.far = ratio.kl >= kFarKL * (1 + std::fabs(ratio.log)) && std::isfinite(ratio.kl) &&
-              task.student.dtype != DType::kFloat16;
+  ratio.far = ratio.kl >= kFarFrom<Divergence::kForwardKL> * (1 + std::fabs(ratio.log)) &&
+              std::isfinite(ratio.kl) && task.student.dtype != DType::kFloat16;
   return ratio;
 }
 
@@ -384,8 +384,8 @@ DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientF
   double mass = 0, slope = 0;
 #pragma omp simd reduction(+ : value, mass, slope)
   for (std::int64_t i = 0; i < n; ++i) {
-    const Visit at =
-        visit<kDivergence, kDistill, kHard, kPower, kCare>(s[i], t[i], frame, g, w_p, w_q);
+    const Visit at = visit<kDivergence, kDistill, kHard, kPower, kCare>(
+        s[i], t[i], frame, g, w_p, w_q, kHard ? -g.smoothing : 0.0f);
     if constexpr (kValue) {
       value += at.term;
       if constexpr (kDivergence != Divergence::kForwardKL) {

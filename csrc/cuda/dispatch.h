@@ -20,15 +20,11 @@ inline bool is_whole(const RowTask& task) {
 
 template <Divergence kDivergence, bool kWhole, typename Launch>
 auto with_kind(const RowTask& task, const Launch& launch) {
-  constexpr auto kForwardKL = Divergence::kForwardKL;
-  if constexpr (kDivergence == kForwardKL) {
-    if (!task.distill) return launch(Kind<kForwardKL, false, true, 0, kWhole>{});
-    // Powers of e^{s/T} where they pay most.
-    if (task.hard && task.power == 1) return launch(Kind<kForwardKL, true, true, 1, kWhole>{});
-    if (task.hard && task.power == 2) return launch(Kind<kForwardKL, true, true, 2, kWhole>{});
+  if constexpr (kDivergence == Divergence::kForwardKL) {
+    if (!task.distill) return launch(Kind<kDivergence, false, true, kWhole>{});
   }
-  if (!task.hard) return launch(Kind<kDivergence, true, false, 0, kWhole>{});
-  return launch(Kind<kDivergence, true, true, 0, kWhole>{});
+  if (!task.hard) return launch(Kind<kDivergence, true, false, kWhole>{});
+  return launch(Kind<kDivergence, true, true, kWhole>{});
 }
 
 // launch(kind) with the Kind of the task.

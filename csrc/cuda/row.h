@@ -1,9 +1,10 @@
 // A row over the blocks of a team: its statistics, its terms, its gradient. Where the logits lie,
 // in shared memory or in the tensors, is the caller's business: see distill_kernel.h.
 //
-//   1. statistics: maxima, Σ e^{(s − max)/T}, Σ e^{(t − max)/T}, Σ_{j≠y} e^{s − max}, the far
-//      forward KL; reduced over the team;
-//   2. for divergences whose gradient holds a sum over the row: D and Σ q φ;
+//   1. statistics: maxima, Σ e^{(s − max)/T}, Σ e^{(t − max)/T}, Σ_{j≠y} e^{s − max}, a far
+//      forward or reverse KL; reduced over the team;
+//   2. for divergences whose gradient holds a sum over the row: D and Σ q φ, once as it suits rows
+//      that are far apart, and again where they turn out not to be;
 //   3. the gradient, and a near forward KL.
 #pragma once
 
@@ -15,11 +16,10 @@ namespace kdk {
 namespace gpu {
 
 // What a kernel computes, so far as it is compiled for it.
-template <Divergence kDivergence_, bool kDistill_, bool kHard_, int kPower_, bool kWhole_>
+template <Divergence kDivergence_, bool kDistill_, bool kHard_, bool kWhole_>
 struct Kind {
   static constexpr Divergence kDivergence = kDivergence_;
   static constexpr bool kDistill = kDistill_, kHard = kHard_;  // the terms
-  static constexpr int kPower = kPower_;  // e^s is that power of e^{s/T}; 0: by itself
   // Every chunk lies in shared memory, aligned and whole: see load_chunk.
   static constexpr bool kWhole = kWhole_;
 };
@@ -34,18 +34,25 @@ struct Row {
   float s_label, t_label;
 };
 
-// body(column, n, s, t) with each chunk's logits; without a teacher t is −inf.
+// A chunk's logits; without a teacher t is −inf.
+template <typename K>
+KDK_DEVICE void load_logits(const Row& row, int column, int n, float (&s)[kChunk],
+                            float (&t)[kChunk]) {
+  load_chunk<K::kWhole>(row.student, column, n, s);
+  if constexpr (K::kDistill) {
+    load_chunk<K::kWhole>(row.teacher, column, n, t);
+  } else {
+    KDK_UNROLL
+    for (int i = 0; i < kChunk; ++i) t[i] = -kInfinity;
+  }
+}
+
+// body(column, n, s, t) for each of the thread's chunks.
 template <typename K, typename Body>
 KDK_DEVICE void for_each_logits(const Row& row, const Body& body) {
   for_each_chunk(row.columns, [&](int column, int n) {
     float s[kChunk], t[kChunk];
-    load_chunk<K::kWhole>(row.student, column, n, s);
-    if constexpr (K::kDistill) {
-      load_chunk<K::kWhole>(row.teacher, column, n, t);
-    } else {
-      KDK_UNROLL
-      for (int i = 0; i < kChunk; ++i) t[i] = -kInfinity;
-    }
+    load_logits<K>(row, column, n, s, t);
     body(column, n, s, t);
   });
 }
@@ -60,9 +67,12 @@ KDK_DEVICE bool holds_label(const Row& row, int column) {
 struct Sums {
   float max_s, max_t;
   float z_s, z_t;  // Σ e^{(s − max_s)/T}, Σ e^{(t − max_t)/T}
-  float gap;       // Σ e^{(t − max_t)/T} ((s − max_s) − (t − max_t))
+  float gap;       // Σ e^{(t − max_t)/T} ((s − max_s) − (t − max_t)); reverse KL: s and t swapped
   float z_rest;    // Σ_{j≠y} e^{s_j − max_s}
 };
+
+template <typename K>
+constexpr bool kSwapped = K::kDivergence == Divergence::kReverseKL;
 
 // What differences are taken from: the maximum, or 0 while everything is −inf.
 KDK_DEVICE float anchor(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
@@ -77,10 +87,12 @@ template <typename K>
 KDK_DEVICE void raise_maxima(const RowTask& task, float max_s, float max_t, Sums& sums) {
   const TwoFloats d_s = drop(sums.max_s, max_s), d_t = drop(sums.max_t, max_t);
   if constexpr (K::kDistill) {
+    const float factor_s = exp_of<true>(d_s.hi, d_s.lo, task.rate);
     const float factor_t = exp_of<true>(d_t.hi, d_t.lo, task.rate);
-    sums.gap = factor_t * (sums.gap + sums.z_t * (d_s.hi - d_t.hi));
+    sums.gap = kSwapped<K> ? factor_s * (sums.gap + sums.z_s * (d_t.hi - d_s.hi))
+                           : factor_t * (sums.gap + sums.z_t * (d_s.hi - d_t.hi));
+    sums.z_s *= factor_s;
     sums.z_t *= factor_t;
-    sums.z_s *= exp_of<true>(d_s.hi, d_s.lo, task.rate);
   }
   // A confident row's loss is as exact as this factor.
   if constexpr (K::kHard) sums.z_rest *= exp_of<true>(d_s.hi, d_s.lo, kUnitRate);
@@ -88,17 +100,65 @@ KDK_DEVICE void raise_maxima(const RowTask& task, float max_s, float max_t, Sums
   sums.max_t = larger(sums.max_t, max_t);
 }
 
+// e^{s − max_s} of a chunk; where T is a small integer a power of e_s = e^{(s − max_s)/T}.
+template <typename K, bool kLow>
+KDK_DEVICE void hard_exponentials(const RowTask& task, const float (&s)[kChunk], float max_s,
+                                  const float (&e_s)[kChunk], float (&out)[kChunk]) {
+  if (K::kDistill && task.power > 0) {
+    KDK_UNROLL
+    for (int i = 0; i < kChunk; ++i) out[i] = task.power == 1 ? e_s[i] : e_s[i] * e_s[i];
+    KDK_ROLLED
+    for (int power = 2; power < task.power; ++power) {
+      KDK_UNROLL
+      for (int i = 0; i < kChunk; ++i) out[i] *= e_s[i];
+    }
+    return;
+  }
+  KDK_UNROLL
+  for (int i = 0; i < kChunk; ++i) {
+    const TwoFloats x = two_diff(s[i], max_s);
+    out[i] = exp_of<kLow>(x.hi, x.lo, kUnitRate);
+  }
+}
+
+// e^{(s − max_s)/T} and e^{(t − max_t)/T} of a chunk; returns its gap. Without kGuarded that is
+// NaN where a logit is ruled out.
+template <typename K, bool kLow, bool kGuarded>
+KDK_DEVICE float exponentials(const RowTask& task, const float (&s)[kChunk],
+                              const float (&t)[kChunk], float max_s, float max_t,
+                              float (&e_s)[kChunk], float (&e_t)[kChunk]) {
+  float gap = 0;
+  KDK_UNROLL
+  for (int i = 0; i < kChunk; ++i) {
+    const Terms terms =
+        terms_of<true, false, 0, kGuarded, kLow, kSwapped<K>>(s[i], t[i], max_s, max_t, task.rate);
+    e_s[i] = terms.z_s;
+    e_t[i] = terms.z_t;
+    gap += terms.gap;
+  }
+  return gap;
+}
+
+KDK_DEVICE float sum_of_chunk(const float (&x)[kChunk]) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+// The label's column is added at the end, by itself.
+template <typename K>
+KDK_DEVICE void leave_out_label(const Row& row, int column, float (&s)[kChunk],
+                                float (&t)[kChunk]) {
+  if (!K::kHard || !holds_label(row, column)) return;
+  KDK_UNROLL
+  for (int i = 0; i < kChunk; ++i) {
+    if (column + i == row.label) s[i] = t[i] = -kInfinity;
+  }
+}
+
 template <typename K, bool kLow>
 KDK_DEVICE Sums add_chunks(const RowTask& task, const Row& row) {
   Sums sums{-kInfinity, -kInfinity, 0, 0, 0, 0};
-  for_each_logits<K>(row, [&](int column, int, auto& s, auto& t) {
-    // The label's column is added at the end, by itself.
-    if (K::kHard && holds_label(row, column)) {
-      KDK_UNROLL
-      for (int i = 0; i < kChunk; ++i) {
-        if (column + i == row.label) s[i] = t[i] = -kInfinity;
-      }
-    }
+  for_each_logits<K>(row, [&](int column, int n, auto& s, auto& t) {
+    leave_out_label<K>(row, column, s, t);
     float max_s = sums.max_s, max_t = sums.max_t;
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
@@ -108,18 +168,27 @@ KDK_DEVICE Sums add_chunks(const RowTask& task, const Row& row) {
     if (max_s > sums.max_s || max_t > sums.max_t) raise_maxima<K>(task, max_s, max_t, sums);
     max_s = anchor(max_s);
     max_t = anchor(max_t);
-    Terms terms[kChunk];
-    KDK_UNROLL
-    for (int i = 0; i < kChunk; ++i) {
-      terms[i] = terms_of<K::kDistill, K::kHard, K::kPower, true, kLow>(s[i], t[i], max_s, max_t,
-                                                                        task.rate);
+    float e_s[kChunk] = {}, e_t[kChunk];
+    float z_s = 0;
+    if constexpr (K::kDistill) {
+      float gap = exponentials<K, kLow, !K::kWhole>(task, s, t, max_s, max_t, e_s, e_t);
+      if (K::kWhole && gap != gap) {
+        load_logits<K>(row, column, n, s, t);
+        leave_out_label<K>(row, column, s, t);
+        gap = exponentials<K, kLow, true>(task, s, t, max_s, max_t, e_s, e_t);
+      }
+      sums.gap += gap;
+      sums.z_s += z_s = sum_of_chunk(e_s);
+      sums.z_t += sum_of_chunk(e_t);
     }
-    const Terms all = ((terms[0] + terms[1]) + (terms[2] + terms[3])) +
-                      ((terms[4] + terms[5]) + (terms[6] + terms[7]));
-    sums.z_s += all.z_s;
-    sums.z_t += all.z_t;
-    sums.gap += all.gap;
-    sums.z_rest += all.z_rest;
+    if constexpr (K::kHard) {
+      if (!K::kDistill || task.power != 1) {
+        float e[kChunk];
+        hard_exponentials<K, kLow>(task, s, max_s, e_s, e);
+        z_s = sum_of_chunk(e);
+      }
+      sums.z_rest += z_s;
+    }
   });
   return sums;
 }
@@ -130,7 +199,7 @@ KDK_DEVICE void add_label(const RowTask& task, const Row& row, Sums& sums) {
   raise_maxima<K>(task, larger(row.s_label, sums.max_s), larger(row.t_label, sums.max_t), sums);
   if constexpr (K::kDistill) {
     Sums own{row.s_label, row.t_label, x == 0 ? 1.0f : 0.0f, y == 0 ? 1.0f : 0.0f, 0, 0};
-    own.gap = y == 0 ? x - y : 0.0f;
+    if (kSwapped<K> ? x == 0 : y == 0) own.gap = kSwapped<K> ? y - x : x - y;
     if (x != x) own.z_s = x;
     if (y != y) own.z_t = y;
     raise_maxima<K>(task, sums.max_s, sums.max_t, own);
@@ -266,7 +335,7 @@ KDK_DEVICE Slope mean_slope(const RowTask& task, const Row& row, const RowFrame&
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
       const Visit at = visit<K::kDivergence, true, false, 0, Care::kNear>(
-          s[i], t[i], frame, GradientFrame{}, task.w_p, task.w_q);
+          s[i], t[i], frame, GradientFrame{}, task.w_p, task.w_q, 0.0f);
       value += at.term;
       mass = add(mass, {at.q, 0});
       slope = add(slope, two_product(at.q, at.slope));
@@ -275,6 +344,57 @@ KDK_DEVICE Slope mean_slope(const RowTask& task, const Row& row, const RowFrame&
   float fields[5] = {mass.hi, mass.lo, slope.hi, slope.lo, value};
   team_sum_pairs<2>(fields, team);
   return {fields[4], divide({fields[2], fields[3]}, {fields[0], fields[1]})};
+}
+
+// See far.h.
+KDK_DEVICE float balance_of(const RowTask& task, const Sums& sums) {
+  return task.w_p * sums.z_s / (task.w_q * sums.z_t);
+}
+
+template <typename K, bool kGuarded>
+KDK_DEVICE FarTerms far_chunk(const RowTask& task, const Sums& sums, const float (&s)[kChunk],
+                              const float (&t)[kChunk]) {
+  FarTerms total{};
+  const float balance = balance_of(task, sums);
+  KDK_UNROLL
+  for (int i = 0; i < kChunk; ++i) {
+    const FarTerms terms = far_terms<K::kDivergence, kGuarded>(s[i] - sums.max_s, t[i] - sums.max_t,
+                                                               task.rate, balance, task.w_q);
+    total.mass += terms.mass;
+    total.from_p += terms.from_p;
+    total.from_q += terms.from_q;
+    total.slope += terms.slope;
+  }
+  return total;
+}
+
+// The same where the row is far apart: see far.h, whose units the mean has. `kl` is the divergence
+// of a reverse KL.
+template <typename K>
+KDK_DEVICE Slope far_mean_slope(const RowTask& task, const Row& row, const Sums& sums,
+                                TwoFloats log_ratio, float kl, Team& team) {
+  TwoFloats mass{0, 0}, total{0, 0};
+  float from_p = 0, from_q = 0;
+  for_each_logits<K>(row, [&](int column, int n, auto& s, auto& t) {
+    FarTerms terms = far_chunk<K, !K::kWhole>(task, sums, s, t);
+    if (K::kWhole && !(absolute(terms.from_p + terms.from_q + terms.slope) < kInfinity)) {
+      load_logits<K>(row, column, n, s, t);
+      terms = far_chunk<K, true>(task, sums, s, t);
+    }
+    from_p += terms.from_p;
+    from_q += terms.from_q;
+    mass = add(mass, {terms.mass, 0});
+    total = add(total, {terms.slope, 0});
+  });
+  float fields[6] = {mass.hi, mass.lo, total.hi, total.lo, from_p, from_q};
+  team_sum_pairs<2>(fields, team);
+  const TwoFloats mean = divide({fields[2], fields[3]}, {fields[0], fields[1]});
+  Slope slope{kl, {mean.hi - far_offset<K::kDivergence>(task.w_q), 0}};
+  if constexpr (!kSwapped<K>) {
+    slope.value = far_value<K::kDivergence>(fields[4], fields[5], sums.z_s, sums.z_t, log_ratio,
+                                            task.w_p, task.w_q);
+  }
+  return slope;
 }
 
 template <typename K>
@@ -291,21 +411,35 @@ struct Swept {
   float peak;   // the largest entry, where nothing is stored
 };
 
+// Whether the gradient takes e^s from e^{s/T} where it can.
+template <typename K, Care kCare>
+constexpr bool kPowers = K::kDistill && K::kHard && kCare == Care::kFar;
+
 template <typename K, Care kCare>
 KDK_DEVICE Swept gradient_sweep(const RowTask& task, const Row& row, const RowFrame& frame,
                                 const GradientFrame& gradient, float label_gradient, bool store) {
   Swept swept{0, 0};
   for_each_logits<K>(row, [&](int column, int n, const auto& s, const auto& t) {
-    float parts[kChunk];
+    constexpr bool kHardHere = K::kHard && !kPowers<K, kCare>;
+    float parts[kChunk], e_s[kChunk];
     float value = 0;
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-      const Visit at = visit<K::kDivergence, K::kDistill, K::kHard, K::kPower, kCare>(
-          s[i], t[i], frame, gradient, task.w_p, task.w_q);
+      const Visit at = visit<K::kDivergence, K::kDistill, kHardHere, 0, kCare>(
+          s[i], t[i], frame, gradient, task.w_p, task.w_q,
+          K::kHard ? 0 - gradient.smoothing : 0.0f);
       value += at.term;
       parts[i] = at.part;
+      e_s[i] = at.e_s;
     }
     swept.value += value;
+    // At T = 1 it is in gradient.student.
+    if (kPowers<K, kCare> && task.power != 1) {
+      float e[kChunk];
+      hard_exponentials<K, false>(task, s, frame.max_s, e_s, e);
+      KDK_UNROLL
+      for (int i = 0; i < kChunk; ++i) parts[i] += gradient.hard * e[i];
+    }
     if (K::kHard && holds_label(row, column)) {
       KDK_UNROLL
       for (int i = 0; i < kChunk; ++i) {
@@ -358,8 +492,15 @@ KDK_DEVICE float write_gradient(const RowTask& task, const Row& row, const Sums&
     gradient.distill = distill.hi;
     gradient.mean_slope = slope;
     if constexpr (K::kDistill) {
-      gradient.student = divide(distill, {sums.z_s, 0}).hi;
-      gradient.teacher = divide(distill, {sums.z_t, 0}).hi;
+      const float student = divide(distill, {sums.z_s, 0}).hi;
+      if constexpr (K::kDivergence == Divergence::kForwardKL) {
+        gradient.student = student;
+        gradient.teacher = divide(distill, {sums.z_t, 0}).hi;
+      } else {
+        gradient.slope =
+            student * far_unit<K::kDivergence>(task.w_p, task.w_q, task.inv_temperature);
+        gradient.balance = balance_of(task, sums);
+      }
     }
     float label = 0;
     if constexpr (K::kHard) {
@@ -372,9 +513,10 @@ KDK_DEVICE float write_gradient(const RowTask& task, const Row& row, const Sums&
       label = weight.hi * ((0 - sums.z_rest / normaliser) + task.smoothed_label);
       if constexpr (K::kDistill) {
         label += visit<K::kDivergence, true, false, 0, kCare>(row.s_label, row.t_label, frame,
-                                                              gradient, task.w_p, task.w_q)
+                                                              gradient, task.w_p, task.w_q, 0.0f)
                      .part;
       }
+      if (kPowers<K, kCare> && task.power == 1) gradient.student += gradient.hard;
     }
     swept = gradient_sweep<K, kCare>(task, row, frame, gradient, label, pass.gradient && !measures);
     if (measures) {
@@ -397,17 +539,21 @@ template <typename K>
 KDK_DEVICE float divergence(const RowTask& task, const Row& row, const Sums& sums, const Pass& pass,
                             Team& team) {
   TwoFloats log = log_ratio(sums.z_s, sums.z_t);
-  // Infinite or NaN where the student rules a class out that the teacher does not.
-  const float kl = (log.hi - sums.gap / (task.temperature.hi * sums.z_t)) + log.lo;
+  // The forward KL; for the reverse one that itself. Infinite or NaN where a side rules a class out
+  // that the other one does not.
+  const float kl = kSwapped<K> ? (0 - log.hi - sums.gap / (task.temperature.hi * sums.z_s)) - log.lo
+                               : (log.hi - sums.gap / (task.temperature.hi * sums.z_t)) + log.lo;
+  const float far_from = static_cast<float>(kFarFrom<K::kDivergence>) * (1 + absolute(log.hi));
+  const bool far = kl >= far_from && kl < kInfinity;
+  // float16 shows more of a gradient's bits than float32's far form has.
+  const bool half = task.student.dtype == DType::kFloat16;
   if (kl < static_cast<float>(kNearKL)) {
     log = {log1p_of(normaliser_difference<K>(task, row, sums, team) / sums.z_t), 0};
   }
   const RowFrame frame = make_frame(task, sums, log);
   if constexpr (K::kDivergence == Divergence::kForwardKL) {
-    const bool far = kl >= static_cast<float>(kFarKL) * (1 + absolute(log.hi)) && kl < kInfinity;
     if (far && !pass.gradient) return kl;
-    // float16 shows more of a gradient's bits than float32's far form has.
-    if (far && task.student.dtype != DType::kFloat16) {
+    if (far && !half) {
       write_gradient<K, Care::kFar>(task, row, sums, frame, {0, 0}, pass, team);
       return kl;
     }
@@ -416,6 +562,19 @@ KDK_DEVICE float divergence(const RowTask& task, const Row& row, const Sums& sum
     team_sum(value, team);
     return value[0];
   } else {
+    if constexpr (kHasFar<K::kDivergence>) {
+      if (far && !half && far_from < task.far_limit &&
+          (!kSwapped<K> || kl + absolute(log.hi) < kFarSlope)) {
+        if (kSwapped<K> && !pass.gradient) return kl;
+        const Slope slope = far_mean_slope<K>(task, row, sums, log, kl, team);
+        if (slope.value >= far_from && slope.value < task.far_limit) {
+          if (pass.gradient) {
+            write_gradient<K, Care::kFar>(task, row, sums, frame, slope.mean, pass, team);
+          }
+          return slope.value;
+        }
+      }
+    }
     const Slope slope = mean_slope<K>(task, row, frame, team);
     if (!pass.gradient) return slope.value;
     if (!(absolute(slope.value) < kInfinity)) {
@@ -444,8 +603,12 @@ KDK_DEVICE RowLoss evaluate(const RowTask& task, const Row& row, const Pass& pas
   } else if constexpr (K::kDistill) {
     loss.distill = divergence<K>(task, row, sums, pass, team);
   } else if (pass.gradient) {
-    write_gradient<K, Care::kFar>(task, row, sums, make_frame(task, sums, {0, 0}), {0, 0}, pass,
-                                  team);
+    const RowFrame frame = make_frame(task, sums, {0, 0});
+    if (task.student.dtype == DType::kFloat16) {
+      write_gradient<K, Care::kNear>(task, row, sums, frame, {0, 0}, pass, team);
+    } else {
+      write_gradient<K, Care::kFar>(task, row, sums, frame, {0, 0}, pass, team);
+    }
   }
   return loss;
 }

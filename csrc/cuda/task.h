@@ -28,6 +28,7 @@ struct RowTask {
   bool want_terms;     // also of rows of weight 0
   int power;           // T where e^s is taken as that power of e^{s/T}, else 0
   float w_p, w_q;
+  float far_limit;  // see far.h
   TwoFloats rate, temperature;
   float inv_temperature;
   TwoFloats grad_distill, grad_hard;  // distill_weight / T, hard_weight
@@ -66,7 +67,8 @@ inline RowTask make_row_task(const DistillArgs& args, Scratch* scratch, std::int
   const Mixture mixture = mixture_of(objective);
   task.w_p = static_cast<float>(mixture.teacher);
   task.w_q = static_cast<float>(mixture.student);
-  task.rate = split_rate(kLog2E / objective.temperature);
+  task.far_limit = static_cast<float>(far_limit(task.divergence, mixture.teacher, mixture.student));
+  task.rate = split(kLog2E / objective.temperature);
   task.temperature = split(objective.temperature);
   task.inv_temperature = static_cast<float>(1 / objective.temperature);
   task.grad_distill = split(objective.distill_weight / objective.temperature);

@@ -69,7 +69,7 @@ inline std::vector<long double> softmax(const Logits& logits, std::int64_t row, 
 }
 
 // The forward and reverse KL and the cross-entropy; the other divergences are tested element by
-// element in test_objective.cpp and as a whole from Python.
+// element in test_divergence.cpp and as a whole from Python.
 inline Reference reference(const Logits& student, const Logits& teacher, std::int64_t row,
                            std::int64_t label, const Objective& objective) {
   const std::int64_t n = objective.vocab_size;
