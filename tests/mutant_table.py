@@ -179,28 +179,28 @@ MUTANTS = (
     ),
     Mutant(
         "wrong neutral element: a row without finite logits so far",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "  Sums sums{-kInfinity, -kInfinity, 0, 0, 0, 0};",
         "  Sums sums{0, 0, 0, 0, 0, 0};",
         "logits far below 0 underflow against a maximum that none of them has",
     ),
     Mutant(
         "wrong neutral element: maximum",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "    float max_s = sums.max_s, max_t = sums.max_t;",
         "    float max_s = 0, max_t = 0;",
         "a maximum below 0",
     ),
     Mutant(
         "maxima not raised on merge",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "    raise_maxima<K>(task, maxima[0], maxima[1], raised);\n",
         "    raised.max_s = maxima[0];\n    raised.max_t = maxima[1];\n",
         "sums relative to different maxima cannot be added",
     ),
     Mutant(
         "maxima not raised within a thread",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "if (max_s > sums.max_s || max_t > sums.max_t) raise_maxima<K>(task, max_s, max_t, sums);",
         "sums.max_s = max_s, sums.max_t = max_t;",
         "a thread's second chunk may have a larger maximum than its first",
@@ -317,7 +317,7 @@ MUTANTS = (
     # ---- Which rows, and how much of them --------------------------------------------------------
     Mutant(
         "label column counted twice",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "    if (column + i == row.label) s[i] = t[i] = -kInfinity;",
         "",
         "the label's share is added by itself",
@@ -345,7 +345,7 @@ MUTANTS = (
     ),
     Mutant(
         "z_rest includes the label",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "    sums.gap += own.gap;",
         "    sums.gap += own.gap;\n    sums.z_rest += own.z_s;",
         "the cross-entropy adds the label to it once more",
@@ -509,14 +509,14 @@ MUTANTS = (
     ),
     Mutant(
         "missing -inf guard: differences from the maximum",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "return maximum == -kInfinity ? 0.0f : maximum;",
         "return maximum;",
         "-inf - -inf, where a whole chunk or block is -inf",
     ),
     Mutant(
         "missing -inf guard: the first maximum",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "if (!(to > from) || from == -kInfinity) return {0, 0};",
         "if (!(to > from)) return {0, 0};",
         "0 times e^{-inf} is fine, 0 times an infinite difference is not",
@@ -565,7 +565,7 @@ MUTANTS = (
     ),
     Mutant(
         "confident rows: no second sweep",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "add_chunks<K, true>(task, row)",
         "add_chunks<K, false>(task, row)",
         "a confident row's loss is as exact as its smallest terms",
@@ -622,7 +622,7 @@ MUTANTS = (
     ),
     Mutant(
         "wrong power of the exponential",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "int power = 2; power < task.power",
         "int power = 3; power < task.power",
         "e^s is the T-th power of e^{s/T}",
@@ -666,7 +666,7 @@ MUTANTS = (
     ),
     Mutant(
         "gap of chunks with ruled out logits not computed again",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "if (K::kWhole && gap != gap) {",
         "if (false) {",
         "0 times infinity",
@@ -721,6 +721,13 @@ MUTANTS = (
         "the gradients of most classes are lost beside the mean slope",
     ),
     Mutant(
+        "far misuse: a teacher of small weight",
+        "common/far.h",
+        "jsd ? 1.0 / 6 : smallest;",
+        "smallest;",
+        "the gradient is small beside the slopes it is a difference of",
+    ),
+    Mutant(
         "far: mean slope with the constant that slopes are less",
         "cuda/row.h",
         "mean.hi - far_offset<K::kDivergence>(task.w_q)",
@@ -729,7 +736,7 @@ MUTANTS = (
     ),
     Mutant(
         "reverse KL: rescaled with the forward gap's normaliser",
-        "cuda/row.h",
+        "cuda/statistics.h",
         "sums.z_s * (d_t.hi - d_s.hi)",
         "sums.z_t * (d_t.hi - d_s.hi)",
         "its gap is a sum of the student's exponentials",

@@ -31,13 +31,15 @@ constexpr double kFarUpTo = 0.8;
 // Up to this mean slope, in the units of logits / T, one float holds it.
 constexpr double kFarSlope = 4;
 
-// The D up to which a row can be far apart; 0 for mixtures that have no such row.
+// The D up to which a row can be far apart; 0 for mixtures that have no such row: near one of the
+// two distributions the gradient is small beside the slopes it is a difference of.
 inline double far_limit(Divergence divergence, double w_p, double w_q) {
   if (divergence == Divergence::kForwardKL || divergence == Divergence::kReverseKL) return 1e30;
-  constexpr double kSmallest = 1.0 / 1024;
+  const bool jsd = divergence == Divergence::kJSD;
+  const double smallest = 1.0 / 1024, smallest_p = jsd ? 1.0 / 6 : smallest;
   const double largest = divergence == Divergence::kSkewReverseKL ? 0.5 : 1;
-  if (w_p < kSmallest || w_q < kSmallest || w_q > largest) return 0;
-  if (divergence == Divergence::kJSD) {
+  if (w_p < smallest_p || w_q < smallest || w_q > largest) return 0;
+  if (jsd) {
     return kFarUpTo * -(w_p * std::log(w_p) + w_q * std::log(w_q));
   }
   return kFarUpTo * -std::log(divergence == Divergence::kSkewForwardKL ? w_p : w_q);

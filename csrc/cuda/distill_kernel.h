@@ -7,8 +7,9 @@
 // A row belongs to a team of thread blocks, which hold it in their shared memory, a slice of the
 // columns each: 3 · N · V elements of traffic, 2 · N · V without a gradient. As on the CPU
 // (cpu/kernels.cpp, which says why the fusion is legal) all that an element's gradient needs of the
-// other columns is a handful of sums (row.h). The gradient is written over the student's slice in
-// shared memory and stored from there. While a row is computed the copy engine brings the next one.
+// other columns is a handful of sums (statistics.h). The gradient is written over the student's
+// slice in shared memory and stored from there. While a row is computed the copy engine brings the
+// next one.
 // Rows that are too long for shared memory (Plan::stages is 0) are read from memory in every sweep,
 // from the L2 cache where the plan fits it.
 #pragma once
