@@ -36,6 +36,18 @@ SCHEMAS = {
 }
 
 
+def sizes(x):
+    """B, L, V of x (L, V) or (B, L, V)."""
+    *batch, length, width = x.shape
+    return batch[0] if batch else 1, length, width
+
+
+def strides(x):
+    """Of B and L, in elements; the vocabulary's is 1."""
+    *batch, stride = x.stride()[:-1]
+    return batch[0] if batch else 0, stride
+
+
 def new_losses(student):
     """Empty loss, unscale and rows for student (L, V) or (B, L, V)."""
     lead = student.shape[:-1]

@@ -7,7 +7,7 @@ storages: strides, distance from 16 bytes and shared memory stay what they are.
 import torch
 
 from kdkernels import ops
-from kdkernels.backends import native
+from kdkernels.backends import bad_labels, native
 from kdkernels.backends.registry import BACKENDS, Backend
 
 NAME = "cuda"
@@ -41,7 +41,7 @@ def _compute(name, *args):
     there = [moved(arg) for arg in args]
     results = ops.get(name, "native")(*there)
     torch.cuda.synchronize()
-    row = native.take_bad_label(torch.device("cuda", torch.cuda.current_device()))
+    row = bad_labels.take(torch.device("cuda", torch.cuda.current_device()))
     if row is not None:
         labels, (*_, ignore_index, vocab_size, _) = args[2], args
         raise IndexError(ops.bad_label_message(labels, row, ignore_index, vocab_size))

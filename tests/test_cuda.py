@@ -9,7 +9,7 @@ from conftest import NAMES, assert_plus_zero, assert_same_bits, problem, random_
 from oracle import assert_gradient_close, assert_loss_close, reference
 
 from kdkernels import kd_loss
-from kdkernels.backends import native, registry
+from kdkernels.backends import bad_labels, native, registry
 
 NO_GPU = native.unavailable("cuda")
 pytestmark = pytest.mark.skipif(NO_GPU is not None, reason=f"native on CUDA: {NO_GPU}")
@@ -205,7 +205,7 @@ def test_the_loss_alone(v):
 
 def test_a_first_call_in_inference_mode():
     student, teacher, labels = on_gpu(5, 1000)
-    native._bad_label.cache_clear()
+    bad_labels.flag.cache_clear()
     with torch.inference_mode():
         kd_loss(student, teacher, labels)
     labels[1] = -7

@@ -10,6 +10,7 @@ import importlib.util
 import torch
 
 from .. import ops
+from . import bad_labels
 
 try:
     from .. import _C
@@ -51,13 +52,7 @@ def _ask_for_code(device):
 
 def _rows(x):
     """(L, V) or (B, L, V), unit vocabulary stride, as C++ sees it: pointer, dtype, two strides."""
-    *batch, stride = x.stride()[:-1]
-    return x.data_ptr(), DTYPES[x.dtype], batch[0] if batch else 0, stride
-
-
-def _sizes(x):
-    *batch, length, width = x.shape
-    return batch[0] if batch else 1, length, width
+    return x.data_ptr(), DTYPES[x.dtype], *ops.strides(x)
 
 
 def _pointer(x):
@@ -75,7 +70,7 @@ def operators(distill, scale):
         losses = ops.new_losses(student)
         bad_label = distill(
             student.device,
-            _sizes(student),
+            ops.sizes(student),
             _rows(student),
             _rows(teacher),
             None if grad is None else _rows(grad),
@@ -101,7 +96,7 @@ def operators(distill, scale):
     def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
         scale(
             grad.device,
-            _sizes(grad),
+            ops.sizes(grad),
             _rows(grad),
             upstream.data_ptr(),
             upstream.numel() > 1,
@@ -124,43 +119,13 @@ def _scale_on_cpu(device, *args):
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _bad_label(device):
-    """1 + a row whose label was out of range, written by the GPU: int64 (), page-locked."""
-    with torch.inference_mode(False):  # it outlives the mode of the call that is the first
-        return torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=True)
-
-
-def take_bad_label(device):
-    """A row whose label a call on `device` has found out of range since this was last asked.
-
-    Does not wait for the GPU: what it has still to compute is for whoever asks next. None if all is
-    well.
-    """
-    flag = _bad_label(device)
-    row = flag.item() - 1
-    if row < 0:
-        return None
-    flag.zero_()
-    return row
-
-
-def _raise_bad_label(device):
-    row = take_bad_label(device)
-    if row is not None:
-        raise IndexError(
-            f"an earlier call on {device} had a label that is neither in [0, vocab_size) nor "
-            f"ignore_index, at row {row}: loss and gradient of that row are NaN"
-        )
-
-
 def _call(device, scratch):
     stream = torch.cuda.current_stream(device).cuda_stream
-    return device.index, stream, scratch, _bad_label(device).data_ptr()
+    return device.index, stream, scratch, bad_labels.flag(device).data_ptr()
 
 
 def _distill_on_cuda(device, *args):
-    _raise_bad_label(device)
+    bad_labels.raise_earlier(device)
     # Freed on return, which is safe: who gets this memory next uses it later on the same stream.
     scratch = torch.empty(_C.CUDA_SCRATCH_BYTES, dtype=torch.uint8, device=device)
     _C.distill_rows_cuda(*args, _call(device, scratch.data_ptr()))
@@ -168,7 +133,7 @@ def _distill_on_cuda(device, *args):
 
 
 def _scale_on_cuda(device, *args):
-    _raise_bad_label(device)
+    bad_labels.raise_earlier(device)
     _C.scale_rows_cuda(*args, _call(device, 0))
 
 

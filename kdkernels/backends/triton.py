@@ -1,0 +1,430 @@
+"""The row operators in Triton, for GPUs without compiled kernels: NVIDIA, AMD, Intel.
+
+This file chooses a plan, works out a row's constants and launches; the kernels are in
+`triton_kernels/`, imported by the first call. With TRITON_INTERPRET=1 they run on CPU tensors, for
+tests and debugging.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import struct
+from typing import NamedTuple
+
+import torch
+
+from .. import ops
+from . import bad_labels
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+DEVICE_TYPES = ("cuda", "xpu")
+
+
+def unavailable(device_type):
+    """Why this backend cannot take tensors of a device type, or None."""
+    if not _installed():
+        return "triton is not installed"
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "Triton compiles for GPUs (TRITON_INTERPRET=1 runs it on CPU tensors, slowly)"
+    if device_type not in DEVICE_TYPES:
+        return "Triton compiles for NVIDIA, AMD and Intel GPUs"
+    if not torch.get_device_module(device_type).is_available():
+        return f"torch sees no {device_type} device"
+    return None
+
+
+@functools.cache
+def _installed():
+    return importlib.util.find_spec("triton") is not None
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How rows are shared out over programs."""
+
+    rows: int  # of a program at a time, R
+    chunks: int  # of 8 columns, of a tile
+    held: bool  # a tile holds all of a row, which is read once
+    programs: int  # that share a row
+    teams: int  # of programs, in the grid
+    warps: int
+
+
+class Table(NamedTuple):
+    held: int  # columns up to which a row stays in registers
+    tile: int  # columns of a tile of longer rows
+    short: int  # elements of a tile of several short rows
+    warp_elements: int  # of a tile, for each warp
+
+
+TABLES = {
+    32: Table(held=4096, tile=2048, short=1024, warp_elements=256),  # lanes of a warp
+    64: Table(held=4096, tile=4096, short=2048, warp_elements=512),
+}
+MAX_WARPS = 16
+MAX_PROGRAMS = 64
+PROGRAMS_PER_MULTIPROCESSOR = 1
+
+
+class Device(NamedTuple):
+    """What the plan depends on."""
+
+    lanes: int  # of a warp
+    multiprocessors: int  # 0: programs cannot wait for each other
+    l2_bytes: int
+    nvidia: bool = False
+
+
+@functools.cache
+def device_of(device):
+    if device.type == "cpu":
+        return Device(0, 0, 0)
+    if device.type != "cuda":
+        return Device(32, 0, 0)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        properties.warp_size,
+        properties.multi_processor_count,
+        properties.L2_cache_size,
+        not torch.version.hip,
+    )
+
+
+def make_plan(device, rows, columns, row_bytes):
+    """`row_bytes`: what a row takes up, student, teacher and gradient."""
+    if device.lanes == 0:
+        return _interpreted(rows, columns)
+    table = TABLES[device.lanes]
+    width = _power_of_2(max(columns, 8))
+    held = width <= table.held
+    tile = width if held else table.tile
+    together = max(1, table.short // tile) if held else 1
+    warps = max(1, min(MAX_WARPS, together * tile // table.warp_elements))
+    programs = 1
+    if not held and device.multiprocessors:
+        resident = device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+        # Half of the L2 cache holds all the rows in work.
+        while (
+            programs < MAX_PROGRAMS
+            and resident // programs * row_bytes > device.l2_bytes // 2
+            and 2 * programs * tile <= columns
+        ):
+            programs *= 2
+    teams = -(-rows // together)
+    if programs > 1:
+        teams = min(teams, resident // programs)
+    return Plan(together, tile // 8, held, programs, teams, warps)
+
+
+def options_of(device, plan):
+    """How Triton compiles and launches a kernel of a plan."""
+    options = dict(num_warps=plan.warps, enable_fp_fusion=True)
+    if plan.programs > 1:
+        options["launch_cooperative_grid"] = True
+    if device.nvidia:
+        # All that a multiprocessor has for this many warps; by itself ptxas spills to stay below.
+        options["maxnreg"] = min(255, 2048 // plan.warps)
+    return options
+
+
+def _interpreted(rows, columns):
+    """Small enough that short rows take several tiles, and few calls of NumPy for many rows."""
+    held = columns <= 64
+    tile = _power_of_2(max(columns, 8)) if held else _power_of_2(max(64, columns // 3))
+    together = min(32, max(2, _power_of_2(max(rows, 1)))) if columns <= 8192 else 1
+    return Plan(together, tile // 8, held, 1, -(-rows // together), 1)
+
+
+def _power_of_2(x):
+    return 1 << (x - 1).bit_length()
+
+
+# ---- A row's constants ---------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """csrc/cuda/task.h: RowTask. Pairs of floats for what one float is too short for."""
+
+    rows: int  # B · L
+    length: int  # L
+    width: int  # V_s
+    columns: int  # V
+    tiles: int  # of a program
+    ignore_index: int
+    power: int  # T where e^s is taken as that power of e^{s/T}, else 0
+    main: int  # this launch writes loss and gradient
+    others: int  # and the one before has written the term that this one does not compute
+    want_terms: int  # also of rows of weight 0
+    rate: float  # log2(e) / T
+    rate_lo: float
+    temperature: float
+    temperature_lo: float
+    inv_temperature: float
+    w_p: float  # of the mixture m = w_p p + w_q q
+    w_q: float
+    far_from: float  # from which D on, in units of 1 + |log(z_s / z_t)|, a row can be far apart
+    far_limit: float  # and up to which one
+    far_unit: float  # of its slopes, and what the sums of them have too much
+    far_offset: float
+    grad_distill: float  # distill_weight / T
+    grad_distill_lo: float
+    grad_hard: float
+    grad_hard_lo: float
+    distill_weight: float
+    hard_weight: float
+    distill_scale: float
+    label_smoothing: float
+    smoothing: float  # ε / V
+    smoothing_lo: float
+    smoothed_label: float  # ε (1 − 1 / V)
+
+
+class Strides(NamedTuple):
+    student_b: int
+    student_l: int
+    teacher_b: int
+    teacher_l: int
+    grad_b: int
+    grad_l: int
+
+
+def _split(x):
+    hi = struct.unpack("f", struct.pack("f", x))[0]
+    return hi, x - hi
+
+
+def _weights(divergence, beta):
+    """Of teacher and student in the mixture."""
+    return (1 - beta, beta) if divergence == "skew_reverse_kl" else (beta, 1 - beta)
+
+
+def _far_limit(divergence, w_p, w_q):
+    """As in csrc/common/far.h."""
+    if divergence in ("forward_kl", "reverse_kl"):
+        return 1e30
+    smallest_p = 1 / 6 if divergence == "jsd" else 1 / 1024
+    largest_q = 0.5 if divergence == "skew_reverse_kl" else 1
+    if divergence == "tvd" or w_p < smallest_p or not 1 / 1024 <= w_q <= largest_q:
+        return 0.0
+    if divergence == "jsd":
+        return 0.8 * -(w_p * math.log(w_p) + w_q * math.log(w_q))
+    return 0.8 * -math.log(w_p if divergence == "skew_forward_kl" else w_q)
+
+
+def _far_unit(divergence, w_p, w_q, temperature):
+    if divergence == "reverse_kl":
+        return 1 / temperature
+    if divergence == "skew_forward_kl":
+        return w_q / w_p
+    return w_q * math.log(2) if divergence == "jsd" else math.log(2)
+
+
+def _far_offset(divergence, w_q):
+    if divergence == "jsd":
+        return -math.log2(w_q)
+    return -math.log2(w_q) - math.log2(math.e) if divergence == "skew_reverse_kl" else 0.0
+
+
+def make_task(sizes, plan, options, want_terms):
+    (
+        divergence,
+        beta,
+        temperature,
+        distill_weight,
+        hard_weight,
+        distill_scale,
+        label_smoothing,
+        ignore_index,
+        columns,
+        _,
+    ) = options
+    batch, length, width = sizes
+    tile = plan.chunks * 8
+    w_p, w_q = _weights(divergence, beta)
+    rate, rate_lo = _split(math.log2(math.e) / temperature)
+    T, T_lo = _split(temperature)
+    grad_distill, grad_distill_lo = _split(distill_weight / temperature)
+    grad_hard, grad_hard_lo = _split(hard_weight)
+    smoothing, smoothing_lo = _split(label_smoothing / max(columns, 1))
+    return Task(
+        rows=batch * length,
+        length=length,
+        width=width,
+        columns=columns,
+        tiles=-(-columns // (plan.programs * tile)),
+        ignore_index=ignore_index,
+        power=int(temperature) if temperature in (1, 2, 3, 4) else 0,
+        main=1,
+        others=0,
+        want_terms=int(want_terms),
+        rate=rate,
+        rate_lo=rate_lo,
+        temperature=T,
+        temperature_lo=T_lo,
+        inv_temperature=1 / temperature,
+        w_p=w_p,
+        w_q=w_q,
+        far_from=1 / 24 if divergence == "jsd" else 1 / 12,
+        far_limit=_far_limit(divergence, w_p, w_q),
+        far_unit=_far_unit(divergence, w_p, w_q, temperature),
+        far_offset=_far_offset(divergence, w_q),
+        grad_distill=grad_distill,
+        grad_distill_lo=grad_distill_lo,
+        grad_hard=grad_hard,
+        grad_hard_lo=grad_hard_lo,
+        distill_weight=distill_weight,
+        hard_weight=hard_weight,
+        distill_scale=distill_scale,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        smoothing_lo=smoothing_lo,
+        smoothed_label=label_smoothing * (1 - 1 / max(columns, 1)),
+    )
+
+
+# ---- The operators -------------------------------------------------------------------------------
+
+
+def _launches(task, has_labels, distill, hard):
+    """(task, distill, hard) of each launch a call takes: the term that is wanted but not part of
+    the loss first, because the gradient may replace the logits."""
+    if task.want_terms and (not distill or (has_labels and not hard)):
+        yield task._replace(main=0), not distill, not hard
+        task = task._replace(others=1)
+    yield task, distill, hard
+
+
+def _on(x):
+    """Launches go to the current stream of the current device: that of x."""
+    if x.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(x.device).device_of(x)
+
+
+@contextlib.contextmanager
+def _rounded(grad):
+    """What the kernels write a gradient to: `grad` itself, or floats that are rounded to it
+    afterwards, because Triton's interpreter truncates to bfloat16 where GPUs round."""
+    if grad is None or grad.device.type != "cpu" or grad.dtype != torch.bfloat16:
+        yield grad
+        return
+    wide = grad.float()
+    yield wide
+    grad.copy_(wide)
+
+
+def _compute(student, teacher, labels, weights, num_items, grad, want_terms, options):
+    with _on(student), _rounded(grad) as grad:
+        return _launch(student, teacher, labels, weights, num_items, grad, want_terms, options)
+
+
+def _launch(student, teacher, labels, weights, num_items, grad, want_terms, options):
+    from . import triton_kernels as kernels
+
+    divergence, _, _, distill_weight, hard_weight, *_, columns, reduction = options
+    device, half = student.device, student.dtype == torch.float16
+    interpreted = device.type == "cpu"
+    flag = torch.zeros((), dtype=torch.int64) if interpreted else bad_labels.raise_earlier(device)
+    batch, length, _ = sizes = ops.sizes(student)
+    row_bytes = columns * (2 * student.element_size() + teacher.element_size())
+    plan = make_plan(device_of(device), batch * length, columns, row_bytes)
+    task = make_task(sizes, plan, options, want_terms)
+    written = student if grad is None else grad
+    strides = Strides(*ops.strides(student), *ops.strides(teacher), *ops.strides(written))
+    whole = all(x % 8 == 0 for x in (*strides, student.shape[-1], teacher.shape[-1]))
+    loss, unscale, rows = losses = ops.new_losses(student)
+    mean = student.new_empty(3, dtype=torch.float32)
+    teams = _power_of_2(plan.teams) if plan.programs > 1 else 1
+    arrivals = student.new_empty((2, teams), dtype=torch.int32)  # a launch each
+    board = student.new_empty((teams, 2, plan.programs, kernels.FIELDS.value), dtype=torch.float32)
+    kernels.prepare[(1,)](
+        labels,
+        weights,
+        None if num_items is None else num_items.view(torch.int64),
+        mean,
+        arrivals,
+        task.rows,
+        task.ignore_index,
+        MEAN=reduction == "mean",
+        COUNT=2 * teams,
+    )
+    launches = _launches(task, labels is not None, distill_weight != 0, hard_weight != 0)
+    for number, (launch, distill, hard) in enumerate(launches):
+        kernels.distill_rows[(plan.teams * plan.programs,)](
+            launch,
+            strides,
+            student,
+            teacher,
+            grad if launch.main else None,
+            labels,
+            weights,
+            mean,
+            rows,
+            unscale if half else None,
+            flag,
+            board,
+            arrivals[number],
+            DIVERGENCE=DIVERGENCES.index(divergence),
+            DISTILL=distill,
+            HARD=hard,
+            ROWS=plan.rows,
+            CHUNKS=plan.chunks,
+            WHOLE=whole,
+            HELD=plan.held,
+            PROGRAMS=plan.programs,
+            **options_of(device_of(device), plan),
+        )
+    kernels.finish[(1,)](rows, mean, loss, None if half else unscale, task.rows)
+    if interpreted and flag:
+        _, *_, ignore_index, _, _ = options
+        row = flag.item() - 1
+        raise IndexError(ops.bad_label_message(labels, row, ignore_index, columns))
+    return losses
+
+
+def distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
+    grad = ops.new_grad(student, want_grad)
+    inputs = student, teacher, labels, weights, num_items
+    return *_compute(*inputs, grad if want_grad else None, terms, options), grad
+
+
+def distill_rows_(student, teacher, labels, weights, num_items, terms, *options):
+    inputs = student, teacher, labels, weights, num_items
+    return _compute(*inputs, student, terms, options)
+
+
+def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
+    from . import triton_kernels as kernels
+
+    if grad.device.type != "cpu":
+        bad_labels.raise_earlier(grad.device)
+    batch, length, _ = ops.sizes(grad)
+    plan = make_plan(device_of(grad.device), batch * length, vocab_size, 0)
+    with _on(grad), _rounded(grad) as grad:
+        kernels.scale_rows[(-(-batch * length // plan.rows),)](
+            grad,
+            *ops.strides(grad),
+            upstream,
+            unscale,
+            labels,
+            weights,
+            batch * length,
+            length,
+            vocab_size,
+            ignore_index,
+            PER_ROW=upstream.numel() > 1,
+            ROWS=plan.rows,
+            CHUNKS=plan.chunks,
+            WHOLE=all(x % 8 == 0 for x in (*ops.strides(grad), grad.shape[-1])),
+            num_warps=plan.warps,
+        )
+
+
+KERNELS = dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
+ops.register("triton", dict.fromkeys(("CPU", "CUDA", "XPU"), KERNELS))

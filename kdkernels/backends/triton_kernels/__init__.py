@@ -1,0 +1,10 @@
+"""The row operators in Triton. Needs `triton`: imported by `backends/triton.py` when first used.
+
+The same mathematics as csrc/common, in the same words, on tiles of rows x chunks x 8 columns.
+"""
+
+from .distill import distill_rows
+from .reduce import finish, prepare, scale_rows
+from .team import FIELDS
+
+__all__ = ["FIELDS", "distill_rows", "finish", "prepare", "scale_rows"]
