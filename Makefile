@@ -3,12 +3,16 @@
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test mutants lint bench gpu-check clean
+.PHONY: demo test test-versions mutants lint bench gpu-check clean
 
 PYTHON ?= python3
 OUT ?= benchmarks/results
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+VERSIONS := oldest newest
+oldest := torch==2.11.0 triton==3.6.0 numpy==2.3.5
+newest := torch triton numpy
 BUILD := CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc -type f)
 
@@ -16,7 +20,14 @@ demo: $(VENV)/kdkernels.stamp
 	$(VENV)/bin/python -m kdkernels distill --preset digits
 
 test: $(VENV)/kdkernels.stamp
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
+
+# The same with the oldest and the newest torch and Triton it is meant for, as PyPI has them: 10 GB.
+# The compiled operators are those of .venv, they know neither.
+test-versions: $(VERSIONS:%=test-%)
+
+$(VERSIONS:%=test-%): test-%: $(VENV)/kdkernels.stamp $(VENV)-%/tools.stamp
+	PYTHONPATH=. $(VENV)-$*/bin/python -m pytest $(PARALLEL)
 
 # Do the tests notice mistakes in the CUDA kernels? No GPU needed; most of an hour.
 mutants: $(VENV)/kdkernels.stamp
@@ -36,7 +47,7 @@ gpu-check:
 	PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu-check
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kdkernels/_C.* kdkernels/_build.py
+	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) build dist *.egg-info kdkernels/_C.* kdkernels/_build.py
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find kdkernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
@@ -49,6 +60,14 @@ $(VENV)/bin/python:
 # Without build isolation, so that the pinned build tools are used and a rebuild is incremental.
 $(VENV)/tools.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) setuptools cmake ninja pybind11
+	@touch $@
+
+$(VERSIONS:%=$(VENV)-%/tools.stamp): $(VENV)-%/tools.stamp: Makefile constraints.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(VENV)-$*/constraints.txt $($*) \
+		matplotlib rich setuptools cmake ninja pybind11 pytest pytest-xdist hypothesis mpmath
 	@touch $@
 
 $(VENV)/kdkernels.stamp: $(VENV)/tools.stamp $(BUILD) $(SOURCES)

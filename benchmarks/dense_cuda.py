@@ -197,6 +197,12 @@ VARIANTS = {
         ours=True,
         accuracy="exact",
     ),
+    "triton": Variant(
+        "kdkernels, backend='triton'",
+        lambda case, device: kdkernels_loss(case, device, "triton"),
+        ours=True,
+        accuracy="exact",
+    ),
     "inplace": Variant(
         "kdkernels, inplace=True",
         lambda case, device: kdkernels_loss(case, device, "native", inplace=True),
@@ -448,6 +454,8 @@ TARGETS = (
         for vocab, limit in ((32000, 0.45), (128256, 1.75), (262144, 3.6))
     ),
     Target("jsd", 128256, "native", "ms", 2.2, gpu="H200"),
+    Target("kl-ce", 32000, "triton", "ms", 0.45, gpu="H200"),
+    Target("kl-ce", 128256, "triton", "ms", 2.7, gpu="H200"),
     *(
         Target(case, vocab, "native", "% of copy", 0.85)
         for case in ("kl-ce", "kl-ce-t1", "kl")

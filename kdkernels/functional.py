@@ -86,8 +86,8 @@ def kd_loss(
             training give the gradient of one big batch.
         inplace: write the gradient over the student's logits, which may not be used afterwards.
             (Under `torch.compile`, whose graphs own their memory, they are left as they are.)
-        backend: "native", "eager", or None: the environment variable `KDKERNELS_BACKEND`, read at
-            each call (by `torch.compile`: when it traces), else the fastest usable one.
+        backend: "native", "triton", "eager", or None: the environment variable `KDKERNELS_BACKEND`,
+            read at each call (by `torch.compile`: when it traces), else the fastest usable one.
         return_terms: return `KDTerms(loss, distill, hard, num_items)`.
 
     Returns:

@@ -88,6 +88,25 @@ def register(backend, kernels):
             LIBRARY.impl(overload, functions[name], dispatch_key)
 
 
+def operators(compute, scale_rows_):
+    """Operator name -> function, of a backend that has one function for both ways to distil.
+
+    `compute(student, teacher, labels, weights, num_items, grad, want_terms, options)` returns
+    loss, unscale and rows and writes the gradient to `grad`, which is the student itself or None.
+    """
+
+    def distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
+        grad = new_grad(student, want_grad)
+        inputs = student, teacher, labels, weights, num_items
+        return *compute(*inputs, grad if want_grad else None, terms, options), grad
+
+    def distill_rows_(student, teacher, labels, weights, num_items, terms, *options):
+        inputs = student, teacher, labels, weights, num_items
+        return compute(*inputs, student, terms, options)
+
+    return dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
+
+
 def get(name, backend):
     """The operator `name` of a backend."""
     return getattr(getattr(torch.ops.kdkernels, name), backend)

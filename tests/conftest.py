@@ -1,5 +1,6 @@
 """What every test shares: the backends and dtypes to run on, and exact comparisons."""
 
+import triton_on_cpu  # isort: skip - before anything that looks at its setting
 import cuda_for_cpu
 import cuda_on_cpu
 import pytest
@@ -30,6 +31,7 @@ NAN, INF = float("nan"), float("inf")
 
 cuda_on_cpu.register()
 cuda_for_cpu.register()
+triton_on_cpu.speed_up()
 
 EXACT_EAGER = ("eager", torch.float64)
 UNAVAILABLE = {name: backend.unavailable("cpu") for name, backend in BACKENDS.items()}

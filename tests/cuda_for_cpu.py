@@ -1,4 +1,5 @@
-"""The backend "cuda": the compiled CUDA operators for CPU tensors, so that every test runs there.
+"""The backends "cuda" and "cuda_triton": the compiled and the Triton operators on a GPU, for CPU
+tensors, so that every test runs there.
 
 For tests only, and only where torch sees a GPU. Tensors go there and come back with their whole
 storages: strides, distance from 16 bytes and shared memory stay what they are.
@@ -7,10 +8,10 @@ storages: strides, distance from 16 bytes and shared memory stay what they are.
 import torch
 
 from kdkernels import ops
-from kdkernels.backends import bad_labels, native
+from kdkernels.backends import bad_labels
 from kdkernels.backends.registry import BACKENDS, Backend
 
-NAME = "cuda"
+NAMES = {"cuda": "native", "cuda_triton": "triton"}
 MAX_STORAGE = 2**30  # bytes; of larger ones only what the tensor takes up is moved
 
 
@@ -35,46 +36,46 @@ class Moved:
         return moved if whole else moved.copy_(x)
 
 
-def _compute(name, *args):
-    """The operator on the GPU -> (its arguments there, its results here)."""
-    moved = Moved()
-    there = [moved(arg) for arg in args]
-    results = ops.get(name, "native")(*there)
-    torch.cuda.synchronize()
-    row = bad_labels.take(torch.device("cuda", torch.cuda.current_device()))
-    if row is not None:
-        labels, (*_, ignore_index, vocab_size, _) = args[2], args
-        raise IndexError(ops.bad_label_message(labels, row, ignore_index, vocab_size))
-    return there, results and tuple(x.cpu() for x in results)
+class Operators:
+    """The operators of a backend, on the GPU."""
 
+    def __init__(self, backend):
+        self.backend = backend
 
-def _distill_rows(*args):
-    return _compute("distill_rows", *args)[1]
+    def compute(self, name, *args):
+        """-> (the operator's arguments there, its results here)"""
+        moved = Moved()
+        there = [moved(arg) for arg in args]
+        results = ops.get(name, self.backend)(*there)
+        torch.cuda.synchronize()
+        row = bad_labels.take(torch.device("cuda", torch.cuda.current_device()))
+        if row is not None:
+            labels, (*_, ignore_index, vocab_size, _) = args[2], args
+            raise IndexError(ops.bad_label_message(labels, row, ignore_index, vocab_size))
+        return there, results and tuple(x.cpu() for x in results)
 
+    def distill_rows(self, *args):
+        return self.compute("distill_rows", *args)[1]
 
-def _distill_rows_(student, *rest):
-    (grad, *_), losses = _compute("distill_rows_", student, *rest)
-    student.copy_(grad.cpu())
-    return losses
+    def distill_rows_(self, student, *rest):
+        (grad, *_), losses = self.compute("distill_rows_", student, *rest)
+        student.copy_(grad.cpu())
+        return losses
 
-
-def _scale_rows_(grad, *rest):
-    (scaled, *_), _ = _compute("scale_rows_", grad, *rest)
-    grad.copy_(scaled.cpu())
+    def scale_rows_(self, grad, *rest):
+        (scaled, *_), _ = self.compute("scale_rows_", grad, *rest)
+        grad.copy_(scaled.cpu())
 
 
 def register():
-    """Adds the backend to those of the package, if there is a GPU that it can use."""
-    if native.unavailable("cuda"):
-        return
-    kernels = {
-        "distill_rows": _distill_rows,
-        "distill_rows_": _distill_rows_,
-        "scale_rows_": _scale_rows_,
-    }
-    ops.register(NAME, {"CPU": kernels})
-    BACKENDS[NAME] = Backend(
-        NAME,
-        lambda device_type: None if device_type == "cpu" else "it takes CPU tensors",
-        takes_float64=False,
-    )
+    """Adds the backends to those of the package, if there is a GPU that they can use."""
+    for name, backend in NAMES.items():
+        if BACKENDS[backend].unavailable("cuda"):
+            continue
+        operators = Operators(backend)
+        ops.register(name, {"CPU": {op: getattr(operators, op) for op in ops.SCHEMAS}})
+        BACKENDS[name] = Backend(
+            name,
+            lambda device_type: None if device_type == "cpu" else "it takes CPU tensors",
+            takes_float64=False,
+        )

@@ -20,6 +20,11 @@ from kdkernels import kd_loss
 from kdkernels.backends.registry import BACKENDS
 
 NO_NATIVE = BACKENDS["native"].unavailable("cpu")
+ABSENT = {
+    "native": NO_NATIVE,
+    "inplace": NO_NATIVE,
+    "triton": BACKENDS["triton"].unavailable("cpu"),
+}
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 ROWS, VOCAB = 6, 50
 SMALL = ["--rows", str(ROWS), "--vocabs", str(VOCAB), "--rounds", "2"]
@@ -199,7 +204,7 @@ def test_every_variant_computes_the_same_loss(dense_cuda, harness, in_float32):
         outputs = {}
         for name in dense_cuda.QUICK_VARIANTS:
             variant = dense_cuda.VARIANTS[name]
-            if case_name not in variant.cases or (NO_NATIVE and name in ("native", "inplace")):
+            if case_name not in variant.cases or ABSENT.get(name):
                 continue
             inplace = variant.overwrites and case.backward
             loss = variant.make(case, "cpu")
@@ -246,7 +251,7 @@ def test_run_writes_what_it_measured(dense_cuda, tmp_path, capsys):
     for row in rows:
         case, size = dense_cuda.CASES[row["case"]], ROWS * VOCAB * 2
         assert (row["rows"], row["vocab"]) == (ROWS, VOCAB)
-        if NO_NATIVE and row["variant"] in ("native", "inplace"):
+        if ABSENT.get(row["variant"]):
             assert row["status"].startswith("missing: ") and row["ms"] is None
             continue
         assert row["status"] == "ok" and row["ms_min"] <= row["ms"] <= row["ms_max"]
@@ -372,7 +377,7 @@ def test_accuracy_is_that_of_the_arithmetic(dense_cuda, monkeypatch, tmp_path, f
     timed = [row["variant"] for row in document["rows"] if row["status"] == "ok"]
     assert timed == [*(f"of {name}" for name in tolerant), "copy"]
     accuracy = {name: variant.accuracy for name, variant in dense_cuda.VARIANTS.items()}
-    assert accuracy["native"] == accuracy["inplace"] == "exact"
+    assert accuracy["native"] == accuracy["triton"] == accuracy["inplace"] == "exact"
 
 
 def scaled(factor, *inputs):
@@ -526,6 +531,8 @@ def test_targets(dense_cuda):
     for vocab, limit in ((32000, 0.45), (128256, 1.75), (262144, 3.6)):
         assert wanted["kl-ce", vocab, "native", "ms"] == (limit, "H200")
     assert wanted["jsd", 128256, "native", "ms"] == (2.2, "H200")
+    assert wanted["kl-ce", 32000, "triton", "ms"] == (0.45, "H200")
+    assert wanted["kl-ce", 128256, "triton", "ms"] == (2.7, "H200")
     for vocab in dense_cuda.VOCABS:
         for case in ("kl-ce", "kl-ce-t1", "kl"):
             assert wanted[case, vocab, "native", "% of copy"] == (0.85, "")
@@ -647,6 +654,8 @@ def test_quick_run_on_a_gpu(dense_cuda, monkeypatch, tmp_path):
     there = {"eager", "pytorch", "pytorch-float32", "copy"}
     if not BACKENDS["native"].unavailable("cuda"):
         there |= {"native", "inplace"}
+    if not BACKENDS["triton"].unavailable("cuda"):
+        there |= {"triton"}
     for row in document["rows"]:
         if row["variant"] in there:
             assert row["status"] == "ok" and 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]

@@ -9,12 +9,20 @@ from conftest import NAMES, assert_plus_zero, assert_same_bits, problem, random_
 from oracle import assert_gradient_close, assert_loss_close, reference
 
 from kdkernels import kd_loss
-from kdkernels.backends import bad_labels, native, registry
+from kdkernels.backends import bad_labels, registry
 
-NO_GPU = native.unavailable("cuda")
-pytestmark = pytest.mark.skipif(NO_GPU is not None, reason=f"native on CUDA: {NO_GPU}")
+UNAVAILABLE = {name: registry.BACKENDS[name].unavailable("cuda") for name in ("native", "triton")}
 
 MIB = 2**20
+
+
+@pytest.fixture(params=["native", "triton"], autouse=True)
+def by_default(request, isolated, monkeypatch):
+    """The backend of every call that names none."""
+    if UNAVAILABLE[request.param]:
+        pytest.skip(f"{request.param} on CUDA: {UNAVAILABLE[request.param]}")
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, request.param)
+    return request.param
 
 
 def on_gpu(*shape, **options):
@@ -29,19 +37,22 @@ def step(student, teacher, labels=None, upstream=None, **options):
     return loss.detach(), torch.autograd.grad(loss, student, upstream)[0]
 
 
-def test_the_automatic_choice():
-    assert registry.resolve("cuda", torch.bfloat16) == "native"
+def test_the_automatic_choice(by_default, monkeypatch):
+    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE)
+    first = next(name for name, reason in UNAVAILABLE.items() if not reason)
+    assert registry.resolve("cuda", torch.bfloat16) == first
     assert registry.resolve("cuda", torch.float64) == "eager"
     student, teacher, labels = on_gpu(3, 19, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        kd_loss(student, teacher, labels, backend="native")
+        kd_loss(student, teacher, labels, backend=by_default)
 
 
 # By how many blocks share a row, and where they keep it: from one to all that there are.
 @pytest.mark.parametrize("v", [1, 1000, 4096, 32000, 50257, 128256, 262144, 1_100_000])
-def test_every_plan(v, dtype=torch.bfloat16):
+def test_every_plan(v, by_default, dtype=torch.bfloat16):
     student, teacher, labels = problem(3, v, dtype=dtype)
-    for divergence in NAMES if v <= 32000 else ("forward_kl", "jsd"):
+    few = v > 32000 or (by_default == "triton" and v != 4096)  # which compiles for seconds
+    for divergence in ("forward_kl", "jsd") if few else NAMES:
         options = dict(divergence=divergence, temperature=2.0)
         upstream = torch.tensor(1.7)
         there = [x.cuda() for x in (student, teacher, labels)]

@@ -18,7 +18,7 @@ def test_command_prints_the_facts():
         [sys.executable, "-m", "kdkernels.info"], capture_output=True, text=True, check=True
     )
     names = [line.split(":")[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
-    ours = tuple(f"{backend} on " for backend in (cuda_on_cpu.NAME, cuda_for_cpu.NAME))
+    ours = tuple(f"{backend} on " for backend in (cuda_on_cpu.NAME, *cuda_for_cpu.NAMES))
     assert names == [name for name in info.info() if not name.startswith(ours)]
     assert result.stderr == ""
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FALSE = shutil.which("false")
 NOT_SOURCES = shutil.ignore_patterns(
     ".git",
-    ".venv",
+    ".venv*",
     "build",
     "dist",
     "results",

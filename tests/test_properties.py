@@ -19,8 +19,9 @@ from oracle import assert_gradient_close, gradient_bound, reference
 from kdkernels import kd_loss
 
 # N2 on any row; what float64 leaves of a KL of 1e-8. And a sum of numbers of one sign: N1's bar.
-LOSS = {"native": 2e-4, cuda_on_cpu.NAME: 2e-4, cuda_for_cpu.NAME: 2e-4, "eager": 1e-7}
-SUMS = {"native": 1e-6, cuda_on_cpu.NAME: 2e-6, cuda_for_cpu.NAME: 2e-6, "eager": 1e-12}
+GPUS = (cuda_on_cpu.NAME, "triton", *cuda_for_cpu.NAMES)
+LOSS = {"native": 2e-4, **dict.fromkeys(GPUS, 2e-4), "eager": 1e-7}
+SUMS = {"native": 1e-6, **dict.fromkeys(GPUS, 2e-6), "eager": 1e-12}
 SMALLEST = 1e-8  # the KL from which on a relative bar is given
 INF = math.inf
 

@@ -84,15 +84,6 @@ def operators(distill, scale):
             raise IndexError(ops.bad_label_message(labels, bad_label, ignore_index, vocab_size))
         return losses
 
-    def distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
-        grad = ops.new_grad(student, want_grad)
-        inputs = student, teacher, labels, weights, num_items
-        return *compute(*inputs, grad if want_grad else None, terms, options), grad
-
-    def distill_rows_(student, teacher, labels, weights, num_items, terms, *options):
-        inputs = student, teacher, labels, weights, num_items
-        return compute(*inputs, student, terms, options)
-
     def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
         scale(
             grad.device,
@@ -105,7 +96,7 @@ def operators(distill, scale):
             vocab_size,
         )
 
-    return dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
+    return ops.operators(compute, scale_rows_)
 
 
 def _distill_on_cpu(device, *args):

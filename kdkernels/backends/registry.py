@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native
+from . import native, triton
 
 ENVIRONMENT_VARIABLE = "KDKERNELS_BACKEND"
 
@@ -20,6 +20,7 @@ class Backend:
     name: str
     unavailable: Callable[[str], str | None]  # device type -> why it cannot be used there, or None
     takes_float64: bool
+    default_on: tuple[str, ...] | None = None  # device types of an automatic choice; None: all
 
 
 # In the order of preference of an automatic choice.
@@ -27,6 +28,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("native", native.unavailable, takes_float64=False),
+        Backend("triton", triton.unavailable, takes_float64=False, default_on=triton.DEVICE_TYPES),
         Backend("eager", lambda device_type: None, takes_float64=True),
     )
 }
@@ -46,9 +48,11 @@ def resolve(device_type, dtype, requested=None):
         requested = os.environ.get(ENVIRONMENT_VARIABLE) or None
     if requested is None:
         for backend in BACKENDS.values():
-            if (dtype != torch.float64 or backend.takes_float64) and not backend.unavailable(
-                device_type
-            ):
+            if backend.default_on is not None and device_type not in backend.default_on:
+                continue
+            if dtype == torch.float64 and not backend.takes_float64:
+                continue
+            if not backend.unavailable(device_type):
                 return backend.name
     check_name(source, requested)
     backend = BACKENDS[requested]

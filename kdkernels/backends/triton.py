@@ -69,6 +69,7 @@ TABLES = {
 }
 MAX_WARPS = 16
 MAX_PROGRAMS = 64
+MAX_TEAMS = 512
 PROGRAMS_PER_MULTIPROCESSOR = 1
 
 
@@ -118,7 +119,7 @@ def make_plan(device, rows, columns, row_bytes):
             programs *= 2
     teams = -(-rows // together)
     if programs > 1:
-        teams = min(teams, resident // programs)
+        teams = min(teams, resident // programs, MAX_TEAMS)
     return Plan(together, tile // 8, held, programs, teams, warps)
 
 
@@ -134,10 +135,13 @@ def options_of(device, plan):
 
 
 def _interpreted(rows, columns):
-    """Small enough that short rows take several tiles, and few calls of NumPy for many rows."""
+    """Small enough that short rows take several tiles, and few calls of NumPy for many rows; few
+    and long ones by themselves, as on a GPU."""
     held = columns <= 64
     tile = _power_of_2(max(columns, 8)) if held else _power_of_2(max(64, columns // 3))
-    together = min(32, max(2, _power_of_2(max(rows, 1)))) if columns <= 8192 else 1
+    together = 1
+    if columns <= 8192 or rows > 8:
+        together = max(2, min(_power_of_2(max(rows, 1)), 2**15 // tile))
     return Plan(together, tile // 8, held, 1, -(-rows // together), 1)
 
 
@@ -149,18 +153,16 @@ def _power_of_2(x):
 
 
 class Task(NamedTuple):
-    """csrc/cuda/task.h: RowTask. Pairs of floats for what one float is too short for."""
+    """csrc/cuda/task.h: RowTask. Pairs of floats for what one float is too short for.
 
-    rows: int  # B · L
-    length: int  # L
-    width: int  # V_s
-    columns: int  # V
-    tiles: int  # of a program
-    ignore_index: int
-    power: int  # T where e^s is taken as that power of e^{s/T}, else 0
-    main: int  # this launch writes loss and gradient
-    others: int  # and the one before has written the term that this one does not compute
-    want_terms: int  # also of rows of weight 0
+    Floats all of them, because Triton compiles anew for some values of integers in tuples.
+    """
+
+    power: float  # T where e^s is taken as that power of e^{s/T}, else 0
+    main: float  # this launch writes loss and gradient
+    others: float  # and the one before has written the term that this one does not compute
+    want_terms: float  # also of rows of weight 0
+    classes: float  # V
     rate: float  # log2(e) / T
     rate_lo: float
     temperature: float
@@ -183,15 +185,6 @@ class Task(NamedTuple):
     smoothing: float  # ε / V
     smoothing_lo: float
     smoothed_label: float  # ε (1 − 1 / V)
-
-
-class Strides(NamedTuple):
-    student_b: int
-    student_l: int
-    teacher_b: int
-    teacher_l: int
-    grad_b: int
-    grad_l: int
 
 
 def _split(x):
@@ -231,7 +224,7 @@ def _far_offset(divergence, w_q):
     return -math.log2(w_q) - math.log2(math.e) if divergence == "skew_reverse_kl" else 0.0
 
 
-def make_task(sizes, plan, options, want_terms):
+def make_task(options, want_terms):
     (
         divergence,
         beta,
@@ -240,12 +233,10 @@ def make_task(sizes, plan, options, want_terms):
         hard_weight,
         distill_scale,
         label_smoothing,
-        ignore_index,
+        _,
         columns,
         _,
     ) = options
-    batch, length, width = sizes
-    tile = plan.chunks * 8
     w_p, w_q = _weights(divergence, beta)
     rate, rate_lo = _split(math.log2(math.e) / temperature)
     T, T_lo = _split(temperature)
@@ -253,16 +244,11 @@ def make_task(sizes, plan, options, want_terms):
     grad_hard, grad_hard_lo = _split(hard_weight)
     smoothing, smoothing_lo = _split(label_smoothing / max(columns, 1))
     return Task(
-        rows=batch * length,
-        length=length,
-        width=width,
-        columns=columns,
-        tiles=-(-columns // (plan.programs * tile)),
-        ignore_index=ignore_index,
-        power=int(temperature) if temperature in (1, 2, 3, 4) else 0,
-        main=1,
-        others=0,
-        want_terms=int(want_terms),
+        power=temperature if temperature in (1, 2, 3, 4) else 0.0,
+        main=1.0,
+        others=0.0,
+        want_terms=float(want_terms),
+        classes=float(columns),
         rate=rate,
         rate_lo=rate_lo,
         temperature=T,
@@ -295,8 +281,8 @@ def _launches(task, has_labels, distill, hard):
     """(task, distill, hard) of each launch a call takes: the term that is wanted but not part of
     the loss first, because the gradient may replace the logits."""
     if task.want_terms and (not distill or (has_labels and not hard)):
-        yield task._replace(main=0), not distill, not hard
-        task = task._replace(others=1)
+        yield task._replace(main=0.0), not distill, not hard
+        task = task._replace(others=1.0)
     yield task, distill, hard
 
 
@@ -319,6 +305,14 @@ def _rounded(grad):
     grad.copy_(wide)
 
 
+def _strides(*tensors):
+    """Whether no row begins or ends within a chunk of 8 columns, and their strides, in chunks if
+    so."""
+    strides = [stride for x in tensors for stride in ops.strides(x)]
+    whole = all(x % 8 == 0 for x in (*strides, *(x.shape[-1] for x in tensors)))
+    return whole, [x // 8 for x in strides] if whole else strides
+
+
 def _compute(student, teacher, labels, weights, num_items, grad, want_terms, options):
     with _on(student), _rounded(grad) as grad:
         return _launch(student, teacher, labels, weights, num_items, grad, want_terms, options)
@@ -327,21 +321,18 @@ def _compute(student, teacher, labels, weights, num_items, grad, want_terms, opt
 def _launch(student, teacher, labels, weights, num_items, grad, want_terms, options):
     from . import triton_kernels as kernels
 
-    divergence, _, _, distill_weight, hard_weight, *_, columns, reduction = options
+    divergence, _, _, distill_weight, hard_weight, *_, ignore_index, columns, reduction = options
     device, half = student.device, student.dtype == torch.float16
     interpreted = device.type == "cpu"
     flag = torch.zeros((), dtype=torch.int64) if interpreted else bad_labels.raise_earlier(device)
-    batch, length, _ = sizes = ops.sizes(student)
+    batch, length, width = ops.sizes(student)
     row_bytes = columns * (2 * student.element_size() + teacher.element_size())
     plan = make_plan(device_of(device), batch * length, columns, row_bytes)
-    task = make_task(sizes, plan, options, want_terms)
-    written = student if grad is None else grad
-    strides = Strides(*ops.strides(student), *ops.strides(teacher), *ops.strides(written))
-    whole = all(x % 8 == 0 for x in (*strides, student.shape[-1], teacher.shape[-1]))
-    loss, unscale, rows = losses = ops.new_losses(student)
+    whole, strides = _strides(student, teacher, student if grad is None else grad)
+    loss, unscale, row_losses = losses = ops.new_losses(student)
     mean = student.new_empty(3, dtype=torch.float32)
-    teams = _power_of_2(plan.teams) if plan.programs > 1 else 1
-    arrivals = student.new_empty((2, teams), dtype=torch.int32)  # a launch each
+    arrivals = student.new_empty((2, MAX_TEAMS), dtype=torch.int32)  # a launch each
+    teams = plan.teams if plan.programs > 1 else 1
     board = student.new_empty((teams, 2, plan.programs, kernels.FIELDS.value), dtype=torch.float32)
     kernels.prepare[(1,)](
         labels,
@@ -349,27 +340,33 @@ def _launch(student, teacher, labels, weights, num_items, grad, want_terms, opti
         None if num_items is None else num_items.view(torch.int64),
         mean,
         arrivals,
-        task.rows,
-        task.ignore_index,
+        batch * length,
+        ignore_index,
         MEAN=reduction == "mean",
-        COUNT=2 * teams,
+        COUNT=arrivals.numel(),
     )
+    task = make_task(options, want_terms)
     launches = _launches(task, labels is not None, distill_weight != 0, hard_weight != 0)
     for number, (launch, distill, hard) in enumerate(launches):
         kernels.distill_rows[(plan.teams * plan.programs,)](
             launch,
-            strides,
             student,
             teacher,
             grad if launch.main else None,
             labels,
             weights,
             mean,
-            rows,
+            row_losses,
             unscale if half else None,
             flag,
             board,
             arrivals[number],
+            batch * length,
+            length,
+            width,
+            columns,
+            ignore_index,
+            *strides,
             DIVERGENCE=DIVERGENCES.index(divergence),
             DISTILL=distill,
             HARD=hard,
@@ -380,36 +377,25 @@ def _launch(student, teacher, labels, weights, num_items, grad, want_terms, opti
             PROGRAMS=plan.programs,
             **options_of(device_of(device), plan),
         )
-    kernels.finish[(1,)](rows, mean, loss, None if half else unscale, task.rows)
+    kernels.finish[(1,)](row_losses, mean, loss, None if half else unscale, batch * length)
     if interpreted and flag:
-        _, *_, ignore_index, _, _ = options
         row = flag.item() - 1
         raise IndexError(ops.bad_label_message(labels, row, ignore_index, columns))
     return losses
 
 
-def distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
-    grad = ops.new_grad(student, want_grad)
-    inputs = student, teacher, labels, weights, num_items
-    return *_compute(*inputs, grad if want_grad else None, terms, options), grad
-
-
-def distill_rows_(student, teacher, labels, weights, num_items, terms, *options):
-    inputs = student, teacher, labels, weights, num_items
-    return _compute(*inputs, student, terms, options)
-
-
-def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
+def _scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
     from . import triton_kernels as kernels
 
     if grad.device.type != "cpu":
         bad_labels.raise_earlier(grad.device)
     batch, length, _ = ops.sizes(grad)
     plan = make_plan(device_of(grad.device), batch * length, vocab_size, 0)
+    whole, strides = _strides(grad)
     with _on(grad), _rounded(grad) as grad:
         kernels.scale_rows[(-(-batch * length // plan.rows),)](
             grad,
-            *ops.strides(grad),
+            *strides,
             upstream,
             unscale,
             labels,
@@ -421,10 +407,9 @@ def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_si
             PER_ROW=upstream.numel() > 1,
             ROWS=plan.rows,
             CHUNKS=plan.chunks,
-            WHOLE=all(x % 8 == 0 for x in (*ops.strides(grad), grad.shape[-1])),
+            WHOLE=whole,
             num_warps=plan.warps,
         )
 
 
-KERNELS = dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
-ops.register("triton", dict.fromkeys(("CPU", "CUDA", "XPU"), KERNELS))
+ops.register("triton", dict.fromkeys(("CPU", "CUDA", "XPU"), ops.operators(_compute, _scale_rows_)))

@@ -10,6 +10,8 @@ sweep over the row can write it. Short rows stay in registers between the two; o
 programs share a row that the second sweep finds it in the L2 cache.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -32,7 +34,7 @@ from .gradient import (
     shares_of,
     sweep,
 )
-from .statistics import Kind, Row, columns_from, load_tile, starts_of, statistics
+from .statistics import Kind, Row, columns_from, load_tile, starts_of, statistics, stride_of
 from .team import FIELDS, Team, team_max, team_sum
 
 
@@ -141,33 +143,37 @@ def fill_columns(row, fill, begin, end, step, kind):
 
 
 @triton.jit
-def rows_at(task, strides, student, teacher, grad, labels, weights, first, begin, end, empty, kind):
+def rows_at(
+    task, sizes, strides, student, teacher, grad, labels, weights, first, begin, end, empty, kind
+):
     """`Row`, with what is wanted of it: everything, one term, or nothing at all."""
     if kind.ROWS == 1:
         index = tl.cast(first, tl.int64)
     else:
         index = first + tl.arange(0, kind.ROWS).to(tl.int64)[:, None, None]
-    inside = index < task.rows
+    inside = index < sizes.rows
     label = index * 0 - 1
     counts = inside
     bad = inside & ~inside
     if labels is not None:
         label = tl.load(labels + index, mask=inside, other=0)
-        counts = inside & (label != task.ignore_index)
-        bad = counts & ((label < 0) | (label >= task.columns))
+        counts = inside & (label != sizes.ignore_index)
+        bad = counts & ((label < 0) | (label >= sizes.columns))
         label = tl.where(bad, -1, label)
     weight = (index * 0 + 1).to(tl.float32)
     if weights is not None:
         weight = tl.load(weights + index, mask=inside, other=0.0)
-    main = tl.where((task.main != 0) & ~empty, counts & (weight != 0.0), False)
-    read = ~bad & tl.where(task.want_terms != 0, counts, main)
+    main = tl.where((task.main != 0.0) & ~empty, counts & (weight != 0.0), False)
+    read = ~bad & tl.where(task.want_terms != 0.0, counts, main)
 
-    place = tl.minimum(index, task.rows - 1)  # rows that are not there are neither read nor written
-    from_student = starts_of(student, strides.student_b, strides.student_l, place, task.length)
-    from_teacher = starts_of(teacher, strides.teacher_b, strides.teacher_l, place, task.length)
+    place = tl.minimum(
+        index, sizes.rows - 1
+    )  # rows that are not there are neither read nor written
+    from_student = starts_of(student, strides.student_b, strides.student_l, place, sizes.length)
+    from_teacher = starts_of(teacher, strides.teacher_b, strides.teacher_l, place, sizes.length)
     to_grad = from_student
     if kind.GRADIENT:
-        to_grad = starts_of(grad, strides.grad_b, strides.grad_l, place, task.length)
+        to_grad = starts_of(grad, strides.grad_b, strides.grad_l, place, sizes.length)
     s_label = weight * 0.0 - INFINITY
     t_label = s_label
     if kind.HARD:
@@ -200,7 +206,7 @@ def rows_at(task, strides, student, teacher, grad, labels, weights, first, begin
 
 
 @triton.jit
-def evaluate(task, row, inverse, team, kind):
+def evaluate(task, sizes, row, inverse, team, kind):
     """Distillation term, cross-entropy, and the scale of float16 rows; writes the gradient."""
     zero = (row.index * 0).to(tl.float32)
     distill = zero
@@ -232,28 +238,55 @@ def evaluate(task, row, inverse, team, kind):
         fill_columns(row, fill, row.begin, row.end, kind.CHUNKS * 8, kind)
     if kind.GRADIENT:
         tile: tl.constexpr = kind.CHUNKS * 8
-        padding = task.columns + team.rank * tile
-        fill_columns(row, 0.0, padding, task.width, kind.PROGRAMS * tile, kind)
+        padding = sizes.columns + team.rank * tile
+        fill_columns(row, 0.0, padding, sizes.width, kind.PROGRAMS * tile, kind)
     distill = tl.where(row.bad, float("nan"), distill)
     hard = tl.where(row.bad, float("nan"), hard)
     return distill, hard, prescale, team
 
 
-@triton.jit(do_not_specialize=["task"])
+class Sizes(NamedTuple):
+    rows: tl.tensor  # N = B · L
+    length: tl.tensor  # L
+    width: tl.tensor  # V_s
+    columns: tl.tensor  # V
+    ignore_index: tl.tensor
+
+
+class Strides(NamedTuple):
+    student_b: tl.tensor
+    student_l: tl.tensor
+    teacher_b: tl.tensor
+    teacher_l: tl.tensor
+    grad_b: tl.tensor
+    grad_l: tl.tensor
+
+
+@triton.jit(do_not_specialize=[*Sizes._fields, *Strides._fields])
 def distill_rows(
-    task,  # triton.py: Task
-    strides,  # triton.py: Strides
+    task,  # triton.py: Task; no integers, of which there would be a kernel for each of some values
     student,  # (B, L, V_s)
     teacher,  # (B, L, V_t)
     grad,  # (B, L, V_s) or None, may be the student's memory
     labels,  # int64 (N) or None
     weights,  # float32 (N) or None
     mean,  # float32 (3): 1 / denominator in two floats, whether nothing counts
-    rows,  # float32 (3, N): weight · loss, distillation term, cross-entropy
+    row_losses,  # float32 (3, N): weight · loss, distillation term, cross-entropy
     unscale,  # float32 (N) for a float16 student, or None
     bad_label,  # int64 (): 1 + a row whose label is out of range
     board,  # float32 (TEAMS, 2, PROGRAMS, FIELDS): see team.py
     arrivals,  # int32 (TEAMS)
+    rows,  # Sizes
+    length,
+    width,
+    columns,
+    ignore_index,
+    student_b,  # Strides, in chunks if WHOLE: so the compiler knows what they are multiples of
+    student_l,
+    teacher_b,
+    teacher_l,
+    grad_b,
+    grad_l,
     DIVERGENCE: tl.constexpr,
     DISTILL: tl.constexpr,
     HARD: tl.constexpr,
@@ -268,6 +301,15 @@ def distill_rows(
     kind: tl.constexpr = Kind(
         DIVERGENCE, DISTILL, HARD, GRADIENT, HALF, ROWS, CHUNKS, WHOLE, HELD, PROGRAMS
     )
+    sizes = Sizes(rows, length, width, columns, ignore_index)
+    strides = Strides(
+        stride_of(student_b, WHOLE),
+        stride_of(student_l, WHOLE),
+        stride_of(teacher_b, WHOLE),
+        stride_of(teacher_l, WHOLE),
+        stride_of(grad_b, WHOLE),
+        stride_of(grad_l, WHOLE),
+    )
     rank = tl.program_id(0) % PROGRAMS
     number = tl.program_id(0) // PROGRAMS
     teams = tl.num_programs(0) // PROGRAMS
@@ -276,17 +318,30 @@ def distill_rows(
     inverse = TwoFloats(tl.load(mean), tl.load(mean + 1))
     empty = tl.load(mean + 2) != 0.0
     # In tiles, so that the compiler knows what begins at 16 bytes.
-    begin = rank * task.tiles * (CHUNKS * 8)
-    end = tl.minimum(begin + task.tiles * (CHUNKS * 8), task.columns)
+    share = tl.cdiv(columns, PROGRAMS * CHUNKS * 8) * (CHUNKS * 8)
+    begin = rank * share
+    end = tl.minimum(begin + share, columns)
 
-    for first in range(number * ROWS, task.rows, teams * ROWS):
+    for first in range(number * ROWS, rows, teams * ROWS):
         row = rows_at(
-            task, strides, student, teacher, grad, labels, weights, first, begin, end, empty, kind
+            task,
+            sizes,
+            strides,
+            student,
+            teacher,
+            grad,
+            labels,
+            weights,
+            first,
+            begin,
+            end,
+            empty,
+            kind,
         )
-        distill, hard, prescale, team = evaluate(task, row, inverse, team, kind)
+        distill, hard, prescale, team = evaluate(task, sizes, row, inverse, team, kind)
         writes = tl.where(rank == 0, row.inside, False)
-        place = rows + row.index
-        if task.main != 0:
+        place = row_losses + row.index
+        if task.main != 0.0:
             loss = tl.zeros_like(distill)
             if DISTILL:
                 loss += task.distill_weight * distill
@@ -296,9 +351,9 @@ def distill_rows(
             tl.store(place, tl.where(row.bad, float("nan"), loss), mask=writes)
             if HALF:
                 tl.store(unscale + row.index, tl.where(empty, 0.0, 1.0 / prescale), mask=writes)
-        if DISTILL or task.others == 0:
-            tl.store(place + task.rows, distill * task.distill_scale, mask=writes)
-        if HARD or task.others == 0:
-            tl.store(place + 2 * task.rows, hard, mask=writes)
+        if DISTILL or task.others == 0.0:
+            tl.store(place + rows, distill * task.distill_scale, mask=writes)
+        if HARD or task.others == 0.0:
+            tl.store(place + 2 * rows, hard, mask=writes)
         if labels is not None:
             tl.store(bad_label + row.index * 0, row.index + 1, mask=writes & row.bad)

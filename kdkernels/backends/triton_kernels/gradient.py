@@ -39,7 +39,7 @@ from .divergence import (
     far_value,
 )
 from .statistics import columns_from, hard_exponentials, inside, logits
-from .team import team_sum, team_sum_pairs
+from .team import team_sum, team_sums
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def cross_entropy(task, row, sums, team, kind):
     loss = tl.where(x_label == 0.0, log1p_of(sums.z_rest), log_z - x_label)
     if task.label_smoothing != 0.0:
         offset, team = sum_of_offsets(row, sums, team, kind)
-        uniform = log_z - offset / task.columns.to(tl.float32)
+        uniform = log_z - offset / task.classes
         smoothing = task.label_smoothing
         # All of it on the uniform target, the label's loss may be infinite and does not count.
         loss = tl.where(smoothing < 1.0, (1.0 - smoothing) * loss, 0.0) + smoothing * uniform
@@ -122,9 +122,10 @@ def mean_slope(task, row, frame, team, kind):
         lanes += tl.sum(of.term, 2, keep_dims=True)
         mass = add(mass, TwoFloats(x.q, tl.zeros_like(x.q)))
         slope = add(slope, two_product(x.q, of.slope))
-    value, team = team_sum(row_sum(lanes, kind.ROWS), team, kind)
-    mass, team = team_sum_pairs(row_sum_pairs(mass, kind.CHUNKS * 8, kind.ROWS), team, kind)
-    slope, team = team_sum_pairs(row_sum_pairs(slope, kind.CHUNKS * 8, kind.ROWS), team, kind)
+    value = row_sum(lanes, kind.ROWS)
+    mass = row_sum_pairs(mass, kind.CHUNKS * 8, kind.ROWS)
+    slope = row_sum_pairs(slope, kind.CHUNKS * 8, kind.ROWS)
+    value, _, mass, slope, team = team_sums(value, value, mass, slope, team, kind)
     mean = divide(slope, mass)
     return Slope(value, mean.hi, mean.lo), team
 
@@ -157,15 +158,19 @@ def far_mean_slope(task, row, sums, log, kl, team, kind):
         from_q += tl.sum(terms.from_q, 2, keep_dims=True)
         mass = add(mass, TwoFloats(tl.sum(terms.mass, 2, keep_dims=True), lanes * 0.0))
         slope = add(slope, TwoFloats(tl.sum(terms.slope, 2, keep_dims=True), lanes * 0.0))
-    mass, team = team_sum_pairs(row_sum_pairs(mass, kind.CHUNKS, kind.ROWS), team, kind)
-    slope, team = team_sum_pairs(row_sum_pairs(slope, kind.CHUNKS, kind.ROWS), team, kind)
+    from_p, from_q, mass, slope, team = team_sums(
+        row_sum(from_p, kind.ROWS),
+        row_sum(from_q, kind.ROWS),
+        row_sum_pairs(mass, kind.CHUNKS, kind.ROWS),
+        row_sum_pairs(slope, kind.CHUNKS, kind.ROWS),
+        team,
+        kind,
+    )
     mean = divide(slope, mass).hi - task.far_offset
     value = kl
     if kind.DIVERGENCE != REVERSE_KL:
-        from_p_sum, team = team_sum(row_sum(from_p, kind.ROWS), team, kind)
-        from_q_sum, team = team_sum(row_sum(from_q, kind.ROWS), team, kind)
         value = far_value(
-            from_p_sum, from_q_sum, sums.z_s, sums.z_t, log, task.w_p, task.w_q, kind.DIVERGENCE
+            from_p, from_q, sums.z_s, sums.z_t, log, task.w_p, task.w_q, kind.DIVERGENCE
         )
     return Slope(value, mean, mean * 0.0), team
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import INFINITY, TwoFloats, add, divide, multiply, pair, row_sum_pairs
-from .statistics import columns_from, inside, starts_of
+from .statistics import columns_from, inside, starts_of, stride_of
 
 LANES = tl.constexpr(1024)
 
@@ -93,10 +93,10 @@ def finish(
         tl.store(unscale, tl.where(empty, 0.0, 1.0))
 
 
-@triton.jit(do_not_specialize=["rows", "length", "columns", "ignore_index"])
+@triton.jit(do_not_specialize=["grad_b", "grad_l", "rows", "length", "columns", "ignore_index"])
 def scale_rows(
     grad,  # (B, L, V_s)
-    grad_b,  # its strides
+    grad_b,  # its strides, see distill.py
     grad_l,
     upstream,  # float32 () or (N)
     unscale,  # float32, () or (N) for float16
@@ -126,7 +126,9 @@ def scale_rows(
     factor = factor * remaining
     counts = counts & (remaining != 0.0) & (factor != 1.0)
     if tl.max(counts.to(tl.int32)) > 0:
-        data = starts_of(grad, grad_b, grad_l, tl.minimum(index, rows - 1), length)
+        stride_b = stride_of(grad_b, WHOLE)
+        stride_l = stride_of(grad_l, WHOLE)
+        data = starts_of(grad, stride_b, stride_l, tl.minimum(index, rows - 1), length)
         for start in range(0, columns, CHUNKS * 8):
             column = columns_from(start, CHUNKS)
             mask = tl.where(counts, inside(column, columns, WHOLE), False)

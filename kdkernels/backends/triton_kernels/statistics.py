@@ -23,7 +23,7 @@ from .arithmetic import (
     two_diff,
 )
 from .divergence import REVERSE_KL
-from .team import collect, meet, publish
+from .team import field_of, meet, publish
 
 # Below this Σ_{j≠y} e^{s_j − max_s}, e^-8, what a float loses of s − max_s and of its product with
 # log2(e) / T shows in the loss and in the label's gradient (hazards.md, N1 and N6).
@@ -65,6 +65,15 @@ class Row(NamedTuple):
     end: tl.tensor
     s: tl.tensor  # the logits where a tile holds them all
     t: tl.tensor
+
+
+@triton.jit
+def stride_of(stride, WHOLE: tl.constexpr):
+    """In elements."""
+    if WHOLE:
+        return stride.to(tl.int64) * 8
+    else:
+        return stride.to(tl.int64)
 
 
 @triton.jit
@@ -151,9 +160,9 @@ def raise_maxima(task, sums, max_s, max_t, kind):
 def hard_exponentials(task, x, x_lo, e_s, EXACT: tl.constexpr, kind):
     """e^{s − max_s}; where T is a small integer a power of e_s = e^{(s − max_s)/T}."""
     if kind.DISTILL:
-        if task.power > 0:
+        if task.power > 0.0:
             e = e_s
-            for _ in range(1, task.power):
+            for _ in range(1, tl.cast(task.power, tl.int32)):
                 e = e * e_s
         else:
             e = exp_unit(x, x_lo, EXACT)
@@ -264,14 +273,14 @@ def merge(task, row, sums, team, EXACT: tl.constexpr, kind):
         publish(team, 3, sums.z_t, kind)
         publish(team, 4, sums.gap, kind)
         publish(team, 5, sums.z_rest, kind)
-        team = meet(team, kind)
+        team, board = meet(team, kind)
         parts = Sums(
-            collect(team, 0, kind),
-            collect(team, 1, kind),
-            collect(team, 2, kind),
-            collect(team, 3, kind),
-            collect(team, 4, kind),
-            collect(team, 5, kind),
+            field_of(board, 0),
+            field_of(board, 1),
+            field_of(board, 2),
+            field_of(board, 3),
+            field_of(board, 4),
+            field_of(board, 5),
         )
         sums = merge_lanes(task, parts, EXACT, kind)
     if kind.HARD:
