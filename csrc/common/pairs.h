@@ -13,9 +13,10 @@ KDK_FN TwoFloats two_sum(float a, float b) {
   return {hi, (a - (hi - back)) + (b - back)};
 }
 
-// a · b = hi + lo exactly.
+// a · b = hi + lo exactly. As a fused multiply-add, because compilers fuse a mere product with
+// whatever it is added to, and then lo is of another hi.
 KDK_FN TwoFloats two_product(float a, float b) {
-  const float hi = a * b;
+  const float hi = fused(a, b, 0.0f);
   return {hi, fused(a, b, -hi)};
 }
 
