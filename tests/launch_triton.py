@@ -1,7 +1,8 @@
 """Launches the Triton kernels on a GPU that is not there: everything but the launch itself.
 
-`python tests/launch_triton.py` prints a JSON list of launches: (kernel, hash of its code, programs,
-cooperative). A process of its own, as compile_triton.py.
+`python tests/launch_triton.py` prints two JSON lists of launches, of calls that differ in values
+and in widths: (kernel, hash of its code, programs, cooperative). A process of its own, as
+compile_triton.py.
 """
 
 import dataclasses
@@ -59,6 +60,16 @@ CALLS = (
 )
 
 
+WIDTHS = (1, 7, 1000)
+
+
+def call(rows=3, columns=40000, temperature=2.0, **options):
+    student, teacher = (torch.zeros(rows, columns) for _ in range(2))
+    labels = torch.zeros(rows, dtype=torch.int64)
+    options = dict(options, temperature=temperature, backend="triton")
+    kd_loss(student.requires_grad_(), teacher, labels, **options).backward()
+
+
 def main():
     warnings.simplefilter("ignore")
     here = Driver()
@@ -67,13 +78,11 @@ def main():
     BACKENDS["triton"] = there
     backend.device_of = lambda device: compile_triton.DEVICES[GPU]
     for options in CALLS:
-        options = dict(temperature=2.0) | options
-        rows = options.pop("rows", 3)
-        student, teacher = (torch.zeros(rows, 40000) for _ in range(2))
-        labels = torch.zeros(rows, dtype=torch.int64)
-        loss = kd_loss(student.requires_grad_(), teacher, labels, backend="triton", **options)
-        loss.backward()
-    print(json.dumps(here.launched))
+        call(**options)
+    launched, here.launched = here.launched, []
+    for columns in WIDTHS:
+        call(columns=columns)
+    print(json.dumps([launched, here.launched]))
 
 
 if __name__ == "__main__":

@@ -180,6 +180,28 @@ def test_n1_cross_entropy(backend, v):
             check(f"N1 {dtype} V={v} {name}", worst, bar_of(backend, 1e-6, 2e-6))
 
 
+@pytest.mark.parametrize("v", [2, 3, 64])
+def test_n1_n6_labels_a_little_ahead(exact, dtype, v):
+    # Margins between those that one float holds and those that take two: e^-3.5 to e^-8.
+    n = 2000
+    logits = torch.randn(n, v, generator=generator(v))
+    labels = torch.randint(v, (n,), generator=generator(v + 1))
+    rest = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
+    ahead = rest + torch.linspace(3.4, 8.0, n)
+    logits = logits.scatter(1, labels[:, None], ahead[:, None]).to(dtype)
+    ref = reference(logits, logits, labels, alpha=0.0, reduction="none")
+    loss, grad = run(
+        logits, logits, labels, alpha=0.0, reduction="none", upstream=torch.ones(n), backend=exact
+    )
+    worst = relative_error(loss, ref.loss).max().item()
+    check(f"N1 {dtype} V={v}, a little ahead", worst, bar_of(exact, 1e-6, 2e-6))
+    if dtype not in HALVES:
+        at_label = labels[:, None]
+        got, exact_grad = (x.double().gather(1, at_label) for x in (grad, ref.grad))
+        worst = relative_error(got, exact_grad).max().item()
+        check(f"N6 V={v}, a little ahead", worst, bar_of(exact, 1e-6, 2e-6))
+
+
 def test_n1_a_difference_that_one_float_does_not_hold(compiled, dtype):
     # 65 − 3.7e-6 has more bits than a float, in every dtype; the loss is e to that power.
     student = torch.full((1, 1000), 3.7e-6).to(dtype)
@@ -606,6 +628,23 @@ def test_n11_batch_invariance(backend, dtype, options):
         backend, student.view(3, 3, -1), teacher.view(3, 3, -1), labels.view(3, 3), **options
     )
     assert_same_bits((cube[0].flatten(), loss), (cube[1].flatten(0, 1), grad))
+
+
+@pytest.mark.parametrize("v", [60, 4099])
+@pytest.mark.parametrize("divergence", NAMES)
+def test_n11_rows_of_every_kind_together(backend, divergence, v):
+    """Far apart, nearly equal and confident rows: each with the bits it has by itself."""
+    student, teacher, labels = realistic(4, v, dtype=precise(backend), seed=v)
+    teacher[1] = student[1] + 1e-3 * teacher[0]
+    student[2] += 40.0 * (torch.arange(v) == labels[2])
+    teacher[3] = student[3]
+    for temperature in (1.0, 1.7):
+        options = dict(divergence=divergence, temperature=temperature)
+        loss, grad = row_outputs(backend, student, teacher, labels, **options)
+        for row in range(4):
+            same = [x[row].expand(4, *x.shape[1:]) for x in (student, teacher, labels)]
+            alone = row_outputs(backend, *(x.contiguous() for x in same), **options)
+            assert_same_bits((alone[0][0], loss[row]), (alone[1][0], grad[row]))
 
 
 @pytest.mark.parametrize("v", [7, 33, 4099])  # less than a vector; two and a tail; many blocks

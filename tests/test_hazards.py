@@ -154,6 +154,16 @@ def test_h06_h07_one_bad_logit(backend, dtype, bad, who, name):
     assert loss.isnan() and grad[1:4].isnan().all() and grad[[0, 4, 5]].isfinite().all()
 
 
+def test_h07_a_bad_teacher_leaves_the_cross_entropy_alone(backend, dtype):
+    student, teacher, labels = problem(3, 19, dtype=dtype)
+    options = dict(return_terms=True, reduction="sum", backend=backend)
+    sound = kd_loss(student, teacher, labels, **options)
+    teacher[1, 5] = NAN
+    terms = kd_loss(student, teacher, labels, **options)
+    assert terms.loss.isnan() and terms.distill.isnan()
+    assert_same_bits((terms.hard, sound.hard))
+
+
 @pytest.mark.parametrize(
     "why, reduction", [("ignored", "mean"), ("ignored", "none"), ("weight 0", "none")]
 )

@@ -27,7 +27,7 @@ def test_facts(monkeypatch):
     monkeypatch.setenv("KDKERNELS_BACKEND", "eager")
     facts = info.info()
     assert facts["kdkernels"].startswith(kdkernels.__version__)
-    assert facts["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["torch"])
     assert facts["KDKERNELS_BACKEND"] == "eager"
     assert facts["a cpu tensor"] == "gets 'eager'"
 

@@ -23,14 +23,18 @@ def test_columns_from_vocab_size_on_are_padding(backend, dtype, name, widths):
     assert_plus_zero(grad[:, 12:])
 
 
-def test_padding_stays_zero_under_nan(backend, dtype):
-    student, teacher, labels = problem(5, 12, dtype=dtype)
+@pytest.mark.parametrize(("width", "columns"), [(12, 9), (80, 77)])  # 80: rows of whole vectors
+@pytest.mark.parametrize("upstream", [NAN, -1.0])
+def test_padding_stays_zero(backend, dtype, width, columns, upstream):
+    student, teacher, labels = problem(5, width, dtype=dtype)
     student[1, 2] = NAN
-    upstream = torch.tensor(NAN, dtype=torch.promote_types(dtype, torch.float32))
-    labels %= 9
-    _, grad = run(student, teacher, labels, vocab_size=9, upstream=upstream, backend=backend)
-    assert grad[:, :9].isnan().all()
-    assert_plus_zero(grad[:, 9:])
+    upstream = torch.tensor(upstream, dtype=torch.promote_types(dtype, torch.float32))
+    labels %= columns
+    options = dict(vocab_size=columns, upstream=upstream, backend=backend)
+    _, grad = run(student, teacher, labels, **options)
+    assert grad[1, :columns].isnan().all()
+    assert grad[:, :columns].isnan().all() or not upstream.isnan()
+    assert_plus_zero(grad[:, columns:])
 
 
 @pytest.mark.parametrize("leading", [(7,), (3, 7), (3, 1), (1,)])

@@ -17,6 +17,11 @@ UNAVAILABLE = triton.unavailable("cpu")
 interpreted = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"triton: {UNAVAILABLE}")
 H200 = triton.Device(lanes=32, multiprocessors=132, l2_bytes=60 << 20, nvidia=True)
 MI300 = triton.Device(lanes=64, multiprocessors=304, l2_bytes=4 << 20)
+SMALL = (  # an A100's seventh, an RTX 3060, an A2
+    triton.Device(lanes=32, multiprocessors=14, l2_bytes=5 << 20, nvidia=True),
+    triton.Device(lanes=32, multiprocessors=28, l2_bytes=3 << 20, nvidia=True),
+    triton.Device(lanes=32, multiprocessors=10, l2_bytes=2 << 20, nvidia=True),
+)
 ARC = triton.Device(lanes=32, multiprocessors=0, l2_bytes=0)
 
 
@@ -32,7 +37,7 @@ def test_on_cpus_it_is_there_to_be_asked_for(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="triton: .*TRITON_INTERPRET=1.*eager: usable"):
         registry.resolve("cpu", torch.float32, "triton")
-    monkeypatch.setattr(triton, "_installed", lambda: False)
+    monkeypatch.setattr(triton, "INSTALLED", False)
     with pytest.raises(RuntimeError, match="triton: triton is not installed"):
         registry.resolve("cpu", torch.float32, "triton")
 
@@ -50,23 +55,32 @@ def test_on_gpus_it_comes_after_compiled_kernels_and_before_pytorch(monkeypatch)
         registry.resolve("cuda", torch.float64, "triton")
 
 
+def test_a_gpu_that_triton_does_not_compile_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    assert "7.0 or newer" in triton.unavailable("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert triton.unavailable("cuda") is None
+
+
 # ---- The table -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", [H200, MI300, ARC])
+@pytest.mark.parametrize("device", [H200, MI300, ARC, *SMALL])
 @pytest.mark.parametrize("columns", [1, 2, 8, 10, 1000, 4096, 4097, 32000, 128256, 262144])
 def test_every_row_is_somebodys(device, columns):
     plan = triton.make_plan(device, 8192, columns, 6 * columns)
     assert not plan.held or (8 * plan.chunks >= columns and plan.programs == 1)
     assert plan.rows == 1 or plan.held
-    assert plan.teams * plan.rows >= 8192 or plan.programs > 1
+    assert plan.teams * plan.rows >= 8192 or (plan.programs > 1 and plan.teams >= 1)
     assert all(x & (x - 1) == 0 for x in (plan.rows, plan.chunks, plan.programs, plan.warps))
     assert plan.warps <= 16  # what a group of 64-wide waves may have
     if not device.multiprocessors:
         assert plan.programs == 1
 
 
-@pytest.mark.parametrize("device", [H200, MI300])
+@pytest.mark.parametrize("device", [H200, MI300, *SMALL])
 @pytest.mark.parametrize("columns", [32000, 128256, 262144])
 def test_rows_in_work_fit_the_cache_and_the_device(device, columns):
     plan = triton.make_plan(device, 8192, columns, 6 * columns)
@@ -74,7 +88,15 @@ def test_rows_in_work_fit_the_cache_and_the_device(device, columns):
     assert plan.teams * plan.programs <= resident or plan.programs == 1
     in_work = min(plan.teams, resident // plan.programs) * 6 * columns
     tiles = columns // (8 * plan.chunks)
-    assert in_work <= device.l2_bytes // 2 or 2 * plan.programs > min(triton.MAX_PROGRAMS, tiles)
+    most = min(triton.MAX_PROGRAMS, tiles, resident)
+    assert in_work <= device.l2_bytes // 2 or 2 * plan.programs > most
+
+
+def test_the_interpreter_has_no_programs_that_wait_for_others(monkeypatch):
+    """Of CUDA tensors too, which is how Triton's kernels are debugged."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    device = triton.device_of(torch.device("cuda", 0))
+    assert triton.make_plan(device, 8192, 262144, 6 * 262144).programs == 1
 
 
 # ---- Programs that share a row -------------------------------------------------------------------

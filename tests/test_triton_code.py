@@ -35,7 +35,7 @@ def run(script, *args):
 
 
 def test_no_value_compiles_anew():
-    launched = run("launch_triton.py")
+    launched, of_widths = run("launch_triton.py")
     codes = {}
     for kernel, code, _, cooperative in launched:
         codes.setdefault(kernel, set()).add(code)
@@ -44,6 +44,7 @@ def test_no_value_compiles_anew():
         *[12] * 4,
         *(4, 64, 132),
     ]
+    assert [x[2:] for x in of_widths if x[0] == "distill_rows"] == [[3, False]] * 3
     assert sorted(codes) == ["distill_rows", "finish", "prepare", "scale_rows"]
     assert {kernel: len(found) for kernel, found in codes.items()} == dict.fromkeys(codes, 1)
 

@@ -20,26 +20,33 @@ from . import bad_labels
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 DEVICE_TYPES = ("cuda", "xpu")
+INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def unavailable(device_type):
     """Why this backend cannot take tensors of a device type, or None."""
-    if not _installed():
+    if not INSTALLED:
         return "triton is not installed"
     if device_type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if _interpreting():
             return None
         return "Triton compiles for GPUs (TRITON_INTERPRET=1 runs it on CPU tensors, slowly)"
     if device_type not in DEVICE_TYPES:
         return "Triton compiles for NVIDIA, AMD and Intel GPUs"
     if not torch.get_device_module(device_type).is_available():
         return f"torch sees no {device_type} device"
+    if device_type == "cuda" and not torch.version.hip and _capability() < (7, 0):
+        return "Triton compiles for NVIDIA GPUs of compute capability 7.0 or newer"
     return None
 
 
-@functools.cache
-def _installed():
-    return importlib.util.find_spec("triton") is not None
+def _interpreting():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _capability():
+    return torch.cuda.get_device_capability()
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -82,10 +89,13 @@ class Device(NamedTuple):
     nvidia: bool = False
 
 
-@functools.cache
 def device_of(device):
-    if device.type == "cpu":
-        return Device(0, 0, 0)
+    # The interpreter runs one program after the other: none may wait for another.
+    return Device(0, 0, 0) if _interpreting() else _gpu(device)
+
+
+@functools.cache
+def _gpu(device):
     if device.type != "cuda":
         return Device(32, 0, 0)
     properties = torch.cuda.get_device_properties(device)
@@ -114,6 +124,7 @@ def make_plan(device, rows, columns, row_bytes):
         while (
             programs < MAX_PROGRAMS
             and resident // programs * row_bytes > device.l2_bytes // 2
+            and 2 * programs <= resident
             and 2 * programs * tile <= columns
         ):
             programs *= 2

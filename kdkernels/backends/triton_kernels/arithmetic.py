@@ -43,7 +43,9 @@ def two_sum(a, b):
 
 @triton.jit
 def two_product(a, b):
-    hi = a * b
+    """a · b exactly, where it is no smaller than 2^-102. As a fused multiply-add, because compilers
+    fuse a mere product with whatever it is added to, and then lo is of another hi."""
+    hi = tl.fma(a, b, 0.0)
     return TwoFloats(hi, tl.fma(a, b, -hi))
 
 

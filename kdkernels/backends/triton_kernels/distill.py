@@ -221,9 +221,10 @@ def evaluate(task, sizes, row, inverse, team, kind):
         if kind.DISTILL:
             ok = ok & (sums.z_s > 0.0) & (sums.z_t > 0.0)
         if kind.HARD:
-            ok = ok & (hard_normaliser(row, sums) > 0.0)
+            hard_ok = hard_normaliser(row, sums) > 0.0
+            ok = ok & hard_ok
             hard, team = cross_entropy(task, row, sums, team, kind)
-            hard = tl.where(row.read, tl.where(ok, hard, float("nan")), 0.0)
+            hard = tl.where(row.read, tl.where(hard_ok, hard, float("nan")), 0.0)
         fill = tl.where(row.main & ~ok, float("nan"), fill)
         if kind.DISTILL:
             distill, prescale, team = distill_term(task, row, sums, ok, fill, scale, team, kind)
@@ -317,11 +318,12 @@ def distill_rows(
     team = Team(board, arrivals + number, rank, rank * 0)
     inverse = TwoFloats(tl.load(mean), tl.load(mean + 1))
     empty = tl.load(mean + 2) != 0.0
-    # In tiles, so that the compiler knows what begins at 16 bytes.
-    share = tl.cdiv(columns, PROGRAMS * CHUNKS * 8) * (CHUNKS * 8)
+    # In chunks, so that the compiler knows what begins at 16 bytes.
+    share = tl.cdiv(columns, PROGRAMS * 8) * 8
     begin = rank * share
     end = tl.minimum(begin + share, columns)
 
+    count = tl.cast(rows, tl.int64)
     for first in range(number * ROWS, rows, teams * ROWS):
         row = rows_at(
             task,
@@ -350,10 +352,12 @@ def distill_rows(
             loss = tl.where(row.main, row.weight * loss, 0.0)
             tl.store(place, tl.where(row.bad, float("nan"), loss), mask=writes)
             if HALF:
-                tl.store(unscale + row.index, tl.where(empty, 0.0, 1.0 / prescale), mask=writes)
+                tl.store(
+                    unscale + row.index, tl.where(empty, 0.0, tl.div_rn(1.0, prescale)), mask=writes
+                )
         if DISTILL or task.others == 0.0:
-            tl.store(place + rows, distill * task.distill_scale, mask=writes)
+            tl.store(place + count, distill * task.distill_scale, mask=writes)
         if HARD or task.others == 0.0:
-            tl.store(place + 2 * rows, hard, mask=writes)
+            tl.store(place + 2 * count, hard, mask=writes)
         if labels is not None:
             tl.store(bad_label + row.index * 0, row.index + 1, mask=writes & row.bad)

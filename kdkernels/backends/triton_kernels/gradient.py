@@ -280,13 +280,16 @@ def sweep(
                 part, terms = near_part(task, s, t, frame, slope, shares, kind)
                 value += tl.sum(terms, 2, keep_dims=True)
                 if kind.ROWS > 1 and not kind.HALF:
-                    far_parts, _ = far_part(task, x, y, sums, slope, shares, kind)
+                    far_parts, e_s = far_part(task, x, y, sums, slope, shares, kind)
                     part = tl.where(far, far_parts, part)
             else:
                 part, e_s = far_part(task, x, y, sums, slope, shares, kind)
         if kind.HARD:
             if NEAR:
                 e = exp_exact(x, 0.0, LOG2E, LOG2E_LO)
+                # A row has the same bits whatever the rows are that share its tile.
+                if kind.DISTILL and kind.ROWS > 1 and not kind.HALF:
+                    e = tl.where(far, hard_exponentials(task, x, x, e_s, False, kind), e)
             else:
                 e = hard_exponentials(task, x, x, e_s, False, kind)
             at_label = column == row.label

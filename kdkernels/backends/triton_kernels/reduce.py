@@ -133,4 +133,6 @@ def scale_rows(
             column = columns_from(start, CHUNKS)
             mask = tl.where(counts, inside(column, columns, WHOLE), False)
             values = tl.load(data + column, mask=mask, other=0.0).to(tl.float32)
-            tl.store(data + column, values * factor, mask=mask)
+            # The padding of the last chunk stays +0, whatever it is multiplied by.
+            values = tl.where(column < columns, values * factor, 0.0)
+            tl.store(data + column, values, mask=mask)

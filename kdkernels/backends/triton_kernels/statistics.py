@@ -152,7 +152,9 @@ def raise_maxima(task, sums, max_s, max_t, kind):
         z_s *= factor_s
         z_t *= factor_t
     if kind.HARD:
-        z_rest *= exp_of(d_s, LOG2E)
+        # As exact as the loss of a confident row, which this factor is a factor of.
+        d = two_diff(tl.where(seen_s, sums.max_s, 0.0), tl.where(seen_s, max_s, 0.0))
+        z_rest *= exp_exact(d.hi, d.lo, LOG2E, LOG2E_LO)
     return Sums(max_s, max_t, z_s, z_t, gap, z_rest)
 
 
