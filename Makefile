@@ -64,10 +64,10 @@ $(VENV)/tools.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VERSIONS:%=$(VENV)-%/tools.stamp): $(VENV)-%/tools.stamp: Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)-$*
-	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(VENV)-$*/constraints.txt
+	grep -vE '^(torch|triton|numpy|setuptools)==' constraints.txt > $(VENV)-$*/constraints.txt
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(VENV)-$*/constraints.txt $($*) \
-		matplotlib rich setuptools cmake ninja pybind11 pytest pytest-xdist hypothesis mpmath
+		matplotlib rich 'setuptools>=77' cmake ninja pybind11 pytest pytest-xdist hypothesis mpmath
 	@touch $@
 
 $(VENV)/kdkernels.stamp: $(VENV)/tools.stamp $(BUILD) $(SOURCES)
