@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import assert_right, assert_same_bits, problem, run
+from conftest import NAMES, assert_right, assert_same_bits, problem, run
 
 from kdkernels import kd_loss
 from kdkernels.backends import registry, triton
@@ -154,9 +154,7 @@ def shared_rows(request, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "divergence", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
-)
+@pytest.mark.parametrize("divergence", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_shared_by_programs(shared_rows, divergence, dtype):
     student, teacher, labels = problem(5, 150, dtype=dtype)
@@ -184,6 +182,14 @@ def test_shared_rows_of_every_path(shared_rows):
     terms = kd_loss(student, teacher, labels, alpha=1.0, return_terms=True, backend="triton")
     alone = kd_loss(student, teacher, labels, alpha=0.0, backend="triton")
     assert terms.hard.item() == pytest.approx(alone.item(), rel=1e-6)
+
+
+@interpreted
+def test_more_columns_than_32_bits_count():
+    # Memory that nobody touches.
+    logits = torch.empty(2**30, dtype=torch.bfloat16).view(1, -1)
+    with pytest.raises(ValueError, match="less than 2\\^30 columns, got .* 1073741824"):
+        kd_loss(logits, logits, backend="triton")
 
 
 @interpreted

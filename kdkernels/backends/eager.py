@@ -165,8 +165,9 @@ def kl(log_a, log_b):
 
 def log_mixture(log_a, log_b, weight):
     """log(w a + (1 − w) b), exactly log a where b = a; −inf where both are 0."""
-    if weight in (0, 1):
-        return torch.where(torch.full_like(log_a, weight, dtype=torch.bool), log_a, log_b)
+    if weight == 1:
+        both = log_a + log_b  # of a row that holds NaN, in value and gradient
+        return torch.where(both.isnan(), both, log_a)
     absent = (log_a == -INF) & (log_b == -INF)  # log 0 has no derivative to give
     log_a, log_b = log_a.masked_fill(absent, 0.0), log_b.masked_fill(absent, 0.0)
     a_high = log_a >= log_b

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from .. import ops
+from ..objective import DIVERGENCES, Objective
 from . import bad_labels
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 DEVICE_TYPES = ("cuda", "xpu")
 INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -77,6 +77,7 @@ TABLES = {
 MAX_WARPS = 16
 MAX_PROGRAMS = 64
 MAX_TEAMS = 512
+MAX_COLUMNS = 2**30  # they and their tiles count in 32 bits
 PROGRAMS_PER_MULTIPROCESSOR = 1
 
 
@@ -235,27 +236,16 @@ def _far_offset(divergence, w_q):
     return -math.log2(w_q) - math.log2(math.e) if divergence == "skew_reverse_kl" else 0.0
 
 
-def make_task(options, want_terms):
-    (
-        divergence,
-        beta,
-        temperature,
-        distill_weight,
-        hard_weight,
-        distill_scale,
-        label_smoothing,
-        _,
-        columns,
-        _,
-    ) = options
-    w_p, w_q = _weights(divergence, beta)
-    rate, rate_lo = _split(math.log2(math.e) / temperature)
-    T, T_lo = _split(temperature)
-    grad_distill, grad_distill_lo = _split(distill_weight / temperature)
-    grad_hard, grad_hard_lo = _split(hard_weight)
-    smoothing, smoothing_lo = _split(label_smoothing / max(columns, 1))
+def make_task(objective, want_terms):
+    divergence, columns = objective.divergence, objective.vocab_size
+    w_p, w_q = _weights(divergence, objective.beta)
+    T, T_lo = _split(objective.temperature)
+    rate, rate_lo = _split(math.log2(math.e) / objective.temperature)
+    grad_distill, grad_distill_lo = _split(objective.distill_weight / objective.temperature)
+    grad_hard, grad_hard_lo = _split(objective.hard_weight)
+    smoothing, smoothing_lo = _split(objective.label_smoothing / max(columns, 1))
     return Task(
-        power=temperature if temperature in (1, 2, 3, 4) else 0.0,
+        power=objective.temperature if objective.temperature in (1, 2, 3, 4) else 0.0,
         main=1.0,
         others=0.0,
         want_terms=float(want_terms),
@@ -264,34 +254,36 @@ def make_task(options, want_terms):
         rate_lo=rate_lo,
         temperature=T,
         temperature_lo=T_lo,
-        inv_temperature=1 / temperature,
+        inv_temperature=1 / objective.temperature,
         w_p=w_p,
         w_q=w_q,
         far_from=1 / 24 if divergence == "jsd" else 1 / 12,
         far_limit=_far_limit(divergence, w_p, w_q),
-        far_unit=_far_unit(divergence, w_p, w_q, temperature),
+        far_unit=_far_unit(divergence, w_p, w_q, objective.temperature),
         far_offset=_far_offset(divergence, w_q),
         grad_distill=grad_distill,
         grad_distill_lo=grad_distill_lo,
         grad_hard=grad_hard,
         grad_hard_lo=grad_hard_lo,
-        distill_weight=distill_weight,
-        hard_weight=hard_weight,
-        distill_scale=distill_scale,
-        label_smoothing=label_smoothing,
+        distill_weight=objective.distill_weight,
+        hard_weight=objective.hard_weight,
+        distill_scale=objective.distill_scale,
+        label_smoothing=objective.label_smoothing,
         smoothing=smoothing,
         smoothing_lo=smoothing_lo,
-        smoothed_label=label_smoothing * (1 - 1 / max(columns, 1)),
+        smoothed_label=objective.label_smoothing * (1 - 1 / max(columns, 1)),
     )
 
 
 # ---- The operators -------------------------------------------------------------------------------
 
 
-def _launches(task, has_labels, distill, hard):
+def _launches(objective, has_labels, want_terms):
     """(task, distill, hard) of each launch a call takes: the term that is wanted but not part of
     the loss first, because the gradient may replace the logits."""
-    if task.want_terms and (not distill or (has_labels and not hard)):
+    task = make_task(objective, want_terms)
+    distill, hard = objective.distill_weight != 0, objective.hard_weight != 0
+    if want_terms and (not distill or (has_labels and not hard)):
         yield task._replace(main=0.0), not distill, not hard
         task = task._replace(others=1.0)
     yield task, distill, hard
@@ -308,7 +300,7 @@ def _on(x):
 def _rounded(grad):
     """What the kernels write a gradient to: `grad` itself, or floats that are rounded to it
     afterwards, because Triton's interpreter truncates to bfloat16 where GPUs round."""
-    if grad is None or grad.device.type != "cpu" or grad.dtype != torch.bfloat16:
+    if grad is None or grad.dtype != torch.bfloat16 or not _interpreting():
         yield grad
         return
     wide = grad.float()
@@ -332,11 +324,16 @@ def _compute(student, teacher, labels, weights, num_items, grad, want_terms, opt
 def _launch(student, teacher, labels, weights, num_items, grad, want_terms, options):
     from . import triton_kernels as kernels
 
-    divergence, _, _, distill_weight, hard_weight, *_, ignore_index, columns, reduction = options
+    objective = Objective(*options)
+    ignore_index, columns = objective.ignore_index, objective.vocab_size
     device, half = student.device, student.dtype == torch.float16
-    interpreted = device.type == "cpu"
-    flag = torch.zeros((), dtype=torch.int64) if interpreted else bad_labels.raise_earlier(device)
+    on_cpu = device.type == "cpu"
+    flag = torch.zeros((), dtype=torch.int64) if on_cpu else bad_labels.raise_earlier(device)
     batch, length, width = ops.sizes(student)
+    if width >= MAX_COLUMNS:
+        raise ValueError(
+            f"backend 'triton' takes less than 2^30 columns, got student logits of {width}"
+        )
     row_bytes = columns * (2 * student.element_size() + teacher.element_size())
     plan = make_plan(device_of(device), batch * length, columns, row_bytes)
     whole, strides = _strides(student, teacher, student if grad is None else grad)
@@ -353,17 +350,16 @@ def _launch(student, teacher, labels, weights, num_items, grad, want_terms, opti
         arrivals,
         batch * length,
         ignore_index,
-        MEAN=reduction == "mean",
+        MEAN=objective.reduction == "mean",
         COUNT=arrivals.numel(),
     )
-    task = make_task(options, want_terms)
-    launches = _launches(task, labels is not None, distill_weight != 0, hard_weight != 0)
-    for number, (launch, distill, hard) in enumerate(launches):
+    launches = _launches(objective, labels is not None, want_terms)
+    for number, (task, distill, hard) in enumerate(launches):
         kernels.distill_rows[(plan.teams * plan.programs,)](
-            launch,
+            task,
             student,
             teacher,
-            grad if launch.main else None,
+            grad if task.main else None,
             labels,
             weights,
             mean,
@@ -378,7 +374,7 @@ def _launch(student, teacher, labels, weights, num_items, grad, want_terms, opti
             columns,
             ignore_index,
             *strides,
-            DIVERGENCE=DIVERGENCES.index(divergence),
+            DIVERGENCE=DIVERGENCES.index(objective.divergence),
             DISTILL=distill,
             HARD=hard,
             ROWS=plan.rows,
@@ -389,7 +385,7 @@ def _launch(student, teacher, labels, weights, num_items, grad, want_terms, opti
             **options_of(device_of(device), plan),
         )
     kernels.finish[(1,)](row_losses, mean, loss, None if half else unscale, batch * length)
-    if interpreted and flag:
+    if on_cpu and flag:
         row = flag.item() - 1
         raise IndexError(ops.bad_label_message(labels, row, ignore_index, columns))
     return losses

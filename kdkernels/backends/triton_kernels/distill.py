@@ -166,9 +166,8 @@ def rows_at(
     main = tl.where((task.main != 0.0) & ~empty, counts & (weight != 0.0), False)
     read = ~bad & tl.where(task.want_terms != 0.0, counts, main)
 
-    place = tl.minimum(
-        index, sizes.rows - 1
-    )  # rows that are not there are neither read nor written
+    # Rows that are not there are neither read nor written.
+    place = tl.minimum(index, sizes.rows - 1)
     from_student = starts_of(student, strides.student_b, strides.student_l, place, sizes.length)
     from_teacher = starts_of(teacher, strides.teacher_b, strides.teacher_l, place, sizes.length)
     to_grad = from_student
@@ -352,9 +351,8 @@ def distill_rows(
             loss = tl.where(row.main, row.weight * loss, 0.0)
             tl.store(place, tl.where(row.bad, float("nan"), loss), mask=writes)
             if HALF:
-                tl.store(
-                    unscale + row.index, tl.where(empty, 0.0, tl.div_rn(1.0, prescale)), mask=writes
-                )
+                remaining = tl.where(empty, 0.0, tl.div_rn(1.0, prescale))
+                tl.store(unscale + row.index, remaining, mask=writes)
         if DISTILL or task.others == 0.0:
             tl.store(place + count, distill * task.distill_scale, mask=writes)
         if HARD or task.others == 0.0:

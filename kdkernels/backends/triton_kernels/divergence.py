@@ -16,6 +16,7 @@ from .arithmetic import (
     two_diff,
 )
 
+# Their places in objective.DIVERGENCES.
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)

@@ -295,8 +295,7 @@ def sweep(
             at_label = column == row.label
             of_class = shares.hard * e - shares.smoothing
             part += tl.where(at_label, shares.label, of_class)
-        fills = fill
-        part = tl.where(fills == 1.0, part, fills)
+        part = tl.where(fill == 1.0, part, fill)
         part = tl.where(column < row.end, part, 0.0)
         if STORE:
             mask = tl.where(row.inside, inside(column, row.end, kind.WHOLE), False)
