@@ -1,34 +1,58 @@
-"""Launches the Triton kernels on a GPU that is not there: everything but the launch itself.
+"""Launches the Triton kernels on a GPU that is not there: all of a call but the launch itself.
 
-`python tests/launch_triton.py` prints two JSON lists of launches, of calls that differ in values
-and in widths: (kernel, hash of its code, programs, cooperative). A process of its own, as
-compile_triton.py.
+`python tests/launch_triton.py sm_90 '[{"rows": 3}, …]'` prints a JSON list for each call of
+`kd_loss` and its backward: the launches, and what the compiler reports of their machine code.
+A process of its own, because the suite's has kernels made for the interpreter.
 """
 
 import dataclasses
+import functools
 import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import warnings
 from types import SimpleNamespace
 
-import compile_triton
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kdkernels import kd_loss
 from kdkernels.backends import triton as backend
+from kdkernels.backends import triton_kernels as kernels
 from kdkernels.backends.registry import BACKENDS
 
-GPU = "sm_90"
+# What the plans are made for: an A100, H100, B200, RTX 5090, MI250X, MI300X and RX 7900.
+DEVICES = {
+    "sm_80": backend.Device(32, 108, 40 << 20, nvidia=True),
+    "sm_90": backend.Device(32, 132, 50 << 20, nvidia=True),
+    "sm_100": backend.Device(32, 148, 126 << 20, nvidia=True),
+    "sm_120": backend.Device(32, 170, 96 << 20, nvidia=True),
+    "gfx90a": backend.Device(64, 104, 8 << 20),
+    "gfx942": backend.Device(64, 304, 4 << 20),
+    "gfx1100": backend.Device(32, 96, 6 << 20),
+}
+
+
+def target(name):
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, DEVICES[name].lanes)
 
 
 class Driver:
     """What Triton asks of a driver."""
 
-    def __init__(self):
+    def __init__(self, name):
+        self.name = name
         self.launched = []
         self.utils = SimpleNamespace(
             load_binary=lambda *args: (None, None, 0, 0, 1024),
-            get_device_properties=lambda device: dict(max_shared_mem=227 << 10),
+            get_device_properties=lambda device: dict(max_shared_mem=64 << 10),
         )
 
     def get_current_device(self):
@@ -38,52 +62,82 @@ class Driver:
         return 0
 
     def get_current_target(self):
-        return compile_triton.target(GPU)
+        return target(self.name)
 
     def launcher_cls(self, source, metadata):
         def launch(programs, *rest):
-            cooperative = bool(metadata.launch_cooperative_grid)
-            self.launched.append((metadata.name, metadata.hash, programs, cooperative))
+            self.launched.append(
+                dict(
+                    kernel=metadata.name,
+                    code=metadata.hash,
+                    programs=programs,
+                    threads=metadata.num_warps * DEVICES[self.name].lanes,
+                    cooperative=bool(metadata.launch_cooperative_grid),
+                )
+            )
 
         return launch
 
 
-# What a value of an argument may not compile anew; 40,000 columns are shared by 4 programs.
-CALLS = (
-    dict(),
-    dict(temperature=1.0),
-    dict(temperature=2.5, alpha=0.1, label_smoothing=0.1),
-    dict(alpha=0.9, t_squared=False, ignore_index=1),
-    dict(rows=1),
-    dict(rows=16),
-    dict(rows=1000),
-)
+def call(rows=3, columns=40000, dtype="float32", has_labels=True, **options):
+    # Memory that nobody touches.
+    student, teacher = (torch.empty(rows, columns, dtype=getattr(torch, dtype)) for _ in range(2))
+    labels = torch.zeros(rows, dtype=torch.int64) if has_labels else None
+    loss = kd_loss(student.requires_grad_(), teacher, labels, backend="triton", **options)
+    torch.autograd.grad(loss, student)
 
 
-WIDTHS = (1, 7, 1000)
+@functools.cache
+def reports():
+    """{hash: what the compiler reports} of all that has been compiled."""
+    launched = (kernels.prepare, kernels.distill_rows, kernels.finish, kernels.scale_rows)
+    compiled = (x for kernel in launched for x in kernel.device_caches[0][0].values())
+    return {x.metadata.hash: report(x.asm) for x in compiled}
 
 
-def call(rows=3, columns=40000, temperature=2.0, **options):
-    student, teacher = (torch.zeros(rows, columns) for _ in range(2))
-    labels = torch.zeros(rows, dtype=torch.int64)
-    options = dict(options, temperature=temperature, backend="triton")
-    kd_loss(student.requires_grad_(), teacher, labels, **options).backward()
+def report(asm):
+    """Spilled registers, bytes of local memory, registers, doubles, 16-byte loads."""
+    if "amdgcn" in asm:
+        text = asm["amdgcn"]
+        found = dict(re.findall(r"\.(\w+):\s+(\d+)", text))
+        return dict(
+            spills=int(found["vgpr_spill_count"]),
+            local=int(found["private_segment_fixed_size"]),
+            registers=int(found["vgpr_count"]),
+            doubles=len(re.findall(r"_f64", text)),
+            wide=len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", text)),
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+        output = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
+    return dict(
+        spills=0,
+        local=usage["STACK"] + usage["LOCAL"],
+        registers=usage["REG"],
+        doubles=asm["ptx"].count(".f64"),
+        wide=asm["ptx"].count("ld.global.v4.b32"),
+    )
 
 
-def main():
+def main(name, calls):
     warnings.simplefilter("ignore")
-    here = Driver()
+    here = Driver(name)
     driver.set_active(here)
     there = dataclasses.replace(BACKENDS["triton"], unavailable=lambda device_type: None)
     BACKENDS["triton"] = there
-    backend.device_of = lambda device: compile_triton.DEVICES[GPU]
-    for options in CALLS:
+    backend.device_of = lambda device: DEVICES[name]
+    launches = []
+    for options in json.loads(calls):
+        here.launched = []
         call(**options)
-    launched, here.launched = here.launched, []
-    for columns in WIDTHS:
-        call(columns=columns)
-    print(json.dumps([launched, here.launched]))
+        launches.append(here.launched)
+    print(json.dumps([[dict(x, **reports()[x["code"]]) for x in of] for of in launches]))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

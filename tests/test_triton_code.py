@@ -1,6 +1,7 @@
 """The machine code of the Triton kernels, for GPUs that are not here: what the compiler reports."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kdkernels.backends import triton
+from kdkernels.objective import DIVERGENCES
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -20,12 +22,32 @@ CACHE = ROOT / "build" / "triton"
 REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
-def run(script, *args):
-    """What a script of tests/ prints. It compiles what has changed since it was last compiled."""
+LONG = dict(rows=8192, columns=128256, dtype="bfloat16")
+CALLS = (
+    *(dict(LONG, divergence=name) for name in DIVERGENCES),
+    dict(LONG, columns=4096, alpha=0.0),
+    dict(LONG, columns=1000, dtype="float16", has_labels=False),
+)
+
+# What a value of an argument may not compile anew.
+VALUES = (
+    dict(),
+    dict(temperature=2.0),
+    dict(temperature=2.5, alpha=0.1, label_smoothing=0.1),
+    dict(alpha=0.9, t_squared=False, ignore_index=1),
+    dict(rows=1),
+    dict(rows=16),
+    dict(rows=3),
+)
+
+
+def launches(target, calls):
+    """Of each call its launches, as tests/launch_triton.py tells them. It compiles what has changed
+    since it was last compiled."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(CACHE)}
     environment.pop("TRITON_INTERPRET", None)
     process = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / script), *args],
+        [sys.executable, str(ROOT / "tests" / "launch_triton.py"), target, json.dumps(calls)],
         capture_output=True,
         text=True,
         env=environment,
@@ -34,37 +56,48 @@ def run(script, *args):
     return json.loads(process.stdout)
 
 
+def of_the_rows(launched):
+    (launch,) = (x for x in launched if x["kernel"] == "distill_rows")
+    return launch
+
+
 def test_no_value_compiles_anew():
-    launched, of_widths = run("launch_triton.py")
+    found = launches("sm_90", [dict(LONG, **options) for options in VALUES])
     codes = {}
-    for kernel, code, _, cooperative in launched:
-        codes.setdefault(kernel, set()).add(code)
-        assert cooperative == (kernel == "distill_rows")
-    assert [programs for kernel, _, programs, _ in launched if kernel == "distill_rows"] == [
-        *[12] * 4,
-        *(4, 64, 132),
-    ]
-    # A program takes many rows of 1 or 7 columns.
-    programs = [x[2:] for x in of_widths if x[0] == "distill_rows"]
-    assert programs == [[1, False], [1, False], [3, False]]
+    for launch in itertools.chain(*found):
+        codes.setdefault(launch["kernel"], set()).add(launch["code"])
     assert sorted(codes) == ["distill_rows", "finish", "prepare", "scale_rows"]
     assert {kernel: len(found) for kernel, found in codes.items()} == dict.fromkeys(codes, 1)
+    shared = [of_the_rows(launched)["programs"] for launched in found]
+    assert shared == [132, 132, 132, 132, 4, 64, 12]
+
+
+def test_programs():
+    """A program takes many short rows, several share a long one; those that do run at once."""
+    calls = [dict(rows=3, columns=columns) for columns in (1, 7, 1000, 40000)]
+    found = [of_the_rows(launched) for launched in launches("sm_90", calls)]
+    assert [(x["programs"], x["cooperative"]) for x in found] == [
+        (1, False),
+        (1, False),
+        (3, False),
+        (12, True),
+    ]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code(target):
     """Nothing spills or is a double; logits are read 16 bytes at a time; programs that wait for
     each other run at the same time."""
-    reports = run("compile_triton.py", target)
-    assert len(reports) == 11
-    for report in reports:
-        print(report)
-    assert not [x for x in reports if x["spills"] or x["local"] or x["doubles"]]
-    for report in reports:
-        plan = report["plan"]
-        assert report["wide"] or plan is None, report
-        if report["kernel"].endswith("long rows") and plan["programs"] > 1:
-            threads = 32 * plan["warps"] * triton.PROGRAMS_PER_MULTIPROCESSOR
+    for options, launched in zip(CALLS, launches(target, CALLS), strict=True):
+        print(options)
+        for launch in launched:
+            print("   ", launch)
+            assert not launch["spills"] and not launch["local"] and not launch["doubles"]
+            assert launch["wide"] or launch["kernel"] in ("prepare", "finish")
+        rows = of_the_rows(launched)
+        assert rows["cooperative"] == (options["columns"] > 4096)
+        if rows["cooperative"]:
+            threads = rows["threads"] * triton.PROGRAMS_PER_MULTIPROCESSOR
             assert threads <= 1024
             if target.startswith("sm_"):
-                assert report["registers"] * threads <= REGISTERS, report
+                assert rows["registers"] * threads <= REGISTERS
