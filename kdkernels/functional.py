@@ -68,7 +68,8 @@ def kd_loss(
         temperature: T, a number in [2⁻²⁰, 2²⁰].
         alpha: weight of the divergence against the cross-entropy, in [0, 1]. A term of weight 0 is
             not computed.
-        beta: the mixture weight of the divergences that have one, in [0, 1]; 0 or at least 2^-100.
+        beta: the mixture weight of the divergences that have one, in [0, 1]; all of (0, 2⁻¹⁰⁰)
+            count as 2⁻¹⁰⁰, so that float32 can hold the mixture.
         t_squared: multiply the divergence by T², which keeps the size of its gradient independent
             of T.
         label_smoothing: ε in [0, 1]: the label's target probability is 1 − ε + ε/V, every other

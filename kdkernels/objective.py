@@ -16,7 +16,7 @@ LIMITS = {
     ("skew_reverse_kl", 0.0): "reverse_kl",
 }
 
-MIN_BETA = 2.0**-100  # below it float32 has no mixture to compute
+MIN_BETA = 2.0**-100  # smaller ones count as this: float32 has to hold the mixture
 MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-20, 2.0**20
 
 
@@ -65,10 +65,8 @@ def resolve_divergence(divergence, beta):
             raise ValueError(f"beta={beta} was given, but divergence {divergence!r} has no beta")
         return divergence, 0.0
     beta = DEFAULT_BETA[divergence] if beta is None else _number("beta", beta, 0, 1)
-    if 0 < beta < MIN_BETA:
-        raise ValueError(f"beta must be 0 or at least 2^-100, got {beta}")
     limit = LIMITS.get((divergence, beta))
-    return (limit, 0.0) if limit else (divergence, beta)
+    return (limit, 0.0) if limit else (divergence, max(beta, MIN_BETA))
 
 
 def make_objective(

@@ -77,10 +77,7 @@ VALUES = [
     ),
     *((ValueError, ["alpha", f"{a}"], dict(alpha=a)) for a in (-0.1, 1.1, NAN, 2)),
     *((ValueError, ["label_smoothing", f"{e}"], dict(label_smoothing=e)) for e in (-0.1, 1.1, NAN)),
-    *(
-        (ValueError, ["beta", f"{b}"], dict(divergence="jsd", beta=b))
-        for b in (-0.1, 1.1, NAN, 1e-40)
-    ),
+    *((ValueError, ["beta", f"{b}"], dict(divergence="jsd", beta=b)) for b in (-0.1, 1.1, NAN)),
     *(
         (ValueError, ["beta", name], dict(divergence=name, beta=0.5))
         for name in ("forward_kl", "reverse_kl", "tvd")

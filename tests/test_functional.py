@@ -122,6 +122,20 @@ def test_beta_defaults_and_ends(backend, divergence, beta, same):
     assert_same_bits(*zip(ours, run(*inputs, **same, backend=backend), strict=True))
 
 
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("beta", [5e-324, 1e-40])
+def test_beta_below_what_float32_can_mix(exact, dtype, divergence, beta):
+    student, teacher, _ = problem(5, 12, dtype=dtype)
+    student[1, 3] = teacher[2, 4] = -INF
+    options = dict(divergence=divergence, reduction="none")
+    ours = run(student, teacher, beta=beta, backend=exact, **options)
+    smallest = run(student, teacher, beta=2.0**-100, backend=exact, **options)
+    assert_same_bits(*zip(ours, smallest, strict=True))
+    exact, _ = run(student.double(), teacher.double(), beta=beta, backend="eager", **options)
+    if divergence != "jsd":  # 2^-100 times another value
+        torch.testing.assert_close(ours[0].double(), exact, rtol=2e-5, atol=0)
+
+
 @pytest.mark.parametrize("divergence", ["skew_forward_kl", "skew_reverse_kl"])
 def test_a_mixture_without_the_other_side_is_no_divergence(backend, divergence):
     student, teacher, _ = problem(5, 12)
