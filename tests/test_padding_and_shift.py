@@ -9,7 +9,7 @@ IGNORE = -100
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("widths", [(17, 12), (13, 15)])
+@pytest.mark.parametrize("widths", [(17, 12), (13, 15), (16, 24)])  # the last: whole vectors
 def test_columns_from_vocab_size_on_are_padding(backend, dtype, name, widths):
     student, teacher, labels = problem(5, 12, dtype=dtype)
     options = dict(divergence=name, temperature=2.0, label_smoothing=0.1, backend=backend)
