@@ -13,11 +13,12 @@
 namespace kdk {
 
 using PyRows = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t>;  // see common/rows.h
-using PySizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;        // B, L, V_s
+using PyKept = std::tuple<std::int64_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+using PySizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // B, L, V_s
 using PyPointers = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 // objective.Objective, in its order: from divergence to reduction.
-using PyOptions = std::tuple<std::string, double, double, double, double, double, double,
-                             std::int64_t, std::int64_t, std::string>;
+using PyOptions = std::tuple<std::string, double, double, double, double, double, double, double,
+                             double, double, double, std::int64_t, std::int64_t, std::string>;
 
 template <typename T>
 T* pointer(std::uintptr_t address) {
@@ -39,17 +40,28 @@ inline Divergence divergence_from(const std::string& name) {
   throw pybind11::value_error("unknown divergence '" + name + "'");
 }
 
-// `inputs`: labels, weights, num_items; `outputs`: loss, unscale, rows. An address may be 0.
-inline DistillArgs distill_args(const PySizes& sizes, const PyRows& student, const PyRows& teacher,
+inline Kept kept_from(const PyKept& kept) {
+  const auto& [count, ids, log_p, log_rest] = kept;
+  return {count, pointer<const std::int64_t>(ids), pointer<const double>(log_p),
+          pointer<const double>(log_rest)};
+}
+
+// A teacher is dense or kept. `inputs`: labels, weights, num_items; `outputs`: loss, unscale, rows.
+// An address may be 0.
+inline DistillArgs distill_args(const PySizes& sizes, const PyRows& student,
+                                const std::optional<PyRows>& teacher,
+                                const std::optional<PyKept>& kept,
                                 const std::optional<PyRows>& grad, const PyPointers& inputs,
                                 const PyPointers& outputs, bool want_terms,
                                 const PyOptions& options) {
   const auto& [divergence, beta, temperature, distill_weight, hard_weight, distill_scale,
-               label_smoothing, ignore_index, vocab_size, reduction] = options;
+               label_smoothing, student_scale, student_cap, teacher_scale, teacher_cap,
+               ignore_index, vocab_size, reduction] = options;
   DistillArgs args;
   std::tie(args.batch, args.length, args.width) = sizes;
   args.student = rows_from(student);
-  args.teacher = rows_from(teacher);
+  args.teacher = teacher ? rows_from(*teacher) : Rows{};
+  args.kept = kept ? kept_from(*kept) : Kept{};
   args.grad = grad ? rows_from(*grad) : Rows{};
   args.labels = pointer<const std::int64_t>(std::get<0>(inputs));
   args.weights = pointer<const float>(std::get<1>(inputs));
@@ -64,6 +76,10 @@ inline DistillArgs distill_args(const PySizes& sizes, const PyRows& student, con
                     hard_weight,
                     distill_scale,
                     label_smoothing,
+                    student_scale,
+                    student_cap,
+                    teacher_scale,
+                    teacher_cap,
                     ignore_index,
                     vocab_size,
                     reduction == "mean",

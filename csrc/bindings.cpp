@@ -11,11 +11,13 @@ namespace py = pybind11;
 namespace {
 
 std::int64_t distill_rows_cpu(const kdk::PySizes& sizes, const kdk::PyRows& student,
-                              const kdk::PyRows& teacher, const std::optional<kdk::PyRows>& grad,
-                              const kdk::PyPointers& inputs, const kdk::PyPointers& outputs,
-                              bool want_terms, const kdk::PyOptions& options, int threads) {
+                              const std::optional<kdk::PyRows>& teacher,
+                              const std::optional<kdk::PyKept>& kept,
+                              const std::optional<kdk::PyRows>& grad, const kdk::PyPointers& inputs,
+                              const kdk::PyPointers& outputs, bool want_terms,
+                              const kdk::PyOptions& options, int threads) {
   const kdk::DistillArgs args =
-      kdk::distill_args(sizes, student, teacher, grad, inputs, outputs, want_terms, options);
+      kdk::distill_args(sizes, student, teacher, kept, grad, inputs, outputs, want_terms, options);
   const std::int64_t bad_label = kdk::find_bad_label(args);
   if (bad_label < 0) {
     py::gil_scoped_release release;

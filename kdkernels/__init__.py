@@ -2,7 +2,8 @@
 
 from .functional import KDTerms, kd_loss
 from .modules import KDLoss
+from .sources import Ensemble, LinearHead, Sampled, TopK
 
 __version__ = "0.1.0"
 
-__all__ = ["KDLoss", "KDTerms", "kd_loss"]
+__all__ = ["Ensemble", "KDLoss", "KDTerms", "LinearHead", "Sampled", "TopK", "kd_loss"]

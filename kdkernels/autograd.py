@@ -1,8 +1,11 @@
-"""The one `autograd.Function` above the row operators: the gradient is made in the forward pass."""
+"""The `autograd.Function`s above the row operators: the gradient is made in the forward pass."""
+
+from dataclasses import replace
 
 import torch
 
-from . import ops
+from . import chunked, ops
+from .sources import Ensemble, LinearHead, tensors_of
 
 SECOND_DERIVATIVE = (
     "kd_loss has no second derivative on a compiled backend; use backend='eager', "
@@ -13,19 +16,65 @@ SECOND_DERIVATIVE = (
 def distill(
     student, teacher, labels, weights, num_items, objective, want_terms, *, backend, inplace
 ):
-    """The loss of dense logits on a backend of row operators; as `eager.distill`.
+    """The loss on a backend of row operators; as `eager.distill`.
 
     With `inplace` the gradient is written over `student`.
     """
-    inputs = student, teacher, labels, weights, num_items, want_terms
+    head = isinstance(student, LinearHead)
+    chunks = head or in_chunks(teacher)
+    if chunks and labels is not None and labels.device.type == "cpu":
+        ops.check_labels(labels, objective.ignore_index, objective.vocab_size)  # by their own rows
+    if chunks and objective.reduction == "mean":
+        leading = student.hidden if head else student
+        inputs = labels, weights, num_items, leading, objective.ignore_index
+        weights, num_items = chunked.settle_mean(*inputs)
+    call = teacher, labels, weights, num_items, want_terms, objective, backend
+    tensors = (student.hidden, student.weight, student.bias) if head else (student,)
     # A forward-mode derivative has to meet the Function too, and its error, instead of being lost.
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if forward_mode or (student.requires_grad and torch.is_grad_enabled()):
-        loss, rows, _ = DistillFunction.apply(*inputs, objective, backend, inplace)
-        return loss, rows
-    options = objective.options()
-    loss, _, rows, _ = ops.get("distill_rows", backend)(*inputs, False, *options)
-    return rows[0].clone() if objective.reduction == "none" else loss, rows
+    derived = torch.autograd.forward_ad._current_level >= 0
+    if not derived and torch.is_grad_enabled():
+        derived = any(x is not None and x.requires_grad for x in tensors)
+    if head and derived:
+        loss, rows, _ = HeadFunction.apply(*tensors, student, *call)
+    elif head:
+        loss, rows, _ = head_losses(student, (False,) * 3, *call)
+    elif derived:
+        loss, rows, _ = DistillFunction.apply(student, *call, inplace)
+    else:
+        loss, _, rows, _ = dense_losses(student, False, False, *call)
+    return loss, rows
+
+
+def in_chunks(teacher):
+    return isinstance(teacher, (LinearHead, Ensemble))
+
+
+def dense_losses(
+    student,
+    want_grad,
+    inplace,
+    teacher,
+    labels,
+    weights,
+    num_items,
+    want_terms,
+    objective,
+    backend,
+):
+    """loss, unscale, rows and gradient of dense student logits: see ops.py."""
+    inputs = student, teacher, labels, weights, num_items
+    chunks = in_chunks(teacher)
+    if not chunks and not inplace:
+        operator = ops.get("distill_rows", backend)
+        inputs = student, ops.as_list(teacher, student), labels, weights, num_items
+        losses = operator(*inputs, want_terms, want_grad, *objective.options())
+    else:
+        grad = student.detach() if inplace else ops.new_grad(student, want_grad)
+        distill_rows_ = chunked.distill_rows_ if chunks else ops.distill_rows_
+        written = grad if want_grad else None
+        losses = *distill_rows_(*inputs, written, want_terms, objective, backend), grad
+    loss, unscale, rows, grad = losses
+    return rows[0].clone() if objective.reduction == "none" else loss, unscale, rows, grad
 
 
 class DistillFunction(torch.autograd.Function):
@@ -35,7 +84,7 @@ class DistillFunction(torch.autograd.Function):
     def forward(
         ctx,
         student,  # (L, V_s) or (B, L, V_s)
-        teacher,  # (L, V_t) or (B, L, V_t)
+        teacher,  # any
         labels,  # (L) or (B, L), int64, or None
         weights,  # (L) or (B, L), float32, or None
         num_items,  # () float64 or None
@@ -44,16 +93,8 @@ class DistillFunction(torch.autograd.Function):
         backend,
         inplace,
     ):
-        inputs = student, teacher, labels, weights, num_items, want_terms
-        if inplace:
-            loss, unscale, rows = ops.get("distill_rows_", backend)(*inputs, *objective.options())
-            grad = student.detach()
-        else:
-            loss, unscale, rows, grad = ops.get("distill_rows", backend)(
-                *inputs, True, *objective.options()
-            )
-        if objective.reduction == "none":
-            loss = rows[0].clone()
+        call = teacher, labels, weights, num_items, want_terms, objective, backend
+        loss, unscale, rows, grad = dense_losses(student, True, inplace, *call)
         # `unscale` is an output, which nobody sees, so that it ties the gradient to this node: see
         # NotTwice.
         ctx.save_for_backward(grad, labels, weights, unscale)
@@ -81,6 +122,73 @@ class DistillFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = NotTwice.apply(grad, unscale, upstream)
         return (grad,) + (None,) * 8
+
+
+def head_losses(head, wanted, teacher, labels, weights, num_items, want_terms, objective, backend):
+    """loss, rows, and `HeadGradients` of Σ weights · row losses."""
+    inputs = head, teacher, labels, weights, wanted, want_terms
+    rows, gradients = chunked.head_rows(*inputs, objective, backend)
+    if objective.reduction == "none":
+        return rows[0].clone(), rows, gradients
+    return chunked.reduced(rows[0], num_items, objective.reduction), rows, gradients
+
+
+class HeadFunction(torch.autograd.Function):
+    """(hidden, weight, bias, …) -> (loss, rows, anchor). The gradients are made in the forward pass
+    too, but for reduction "none": what a row weighs in the weight's, the backward pass knows."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,  # (L, H) or (B, L, H)
+        weight,  # (V_s, H)
+        bias,  # (V_s) or None
+        head,  # the LinearHead of these
+        *call,  # as in DistillFunction
+    ):
+        teacher, labels, weights, num_items, _, objective, _ = call
+        head = replace(head, hidden=hidden, weight=weight, bias=bias)
+        per_row = objective.reduction == "none"
+        wanted = (False,) * 3 if per_row else ctx.needs_input_grad[:3]
+        loss, rows, gradients = head_losses(head, wanted, *call)
+        anchor = rows.new_ones(())
+        tensors = (hidden, weight, bias, None) if per_row else gradients
+        ctx.save_for_backward(*tensors, labels, weights, num_items, anchor)
+        ctx.head, ctx.call = replace(head, hidden=None, weight=None, bias=None), call
+        ctx.like = hidden.shape, weight.shape, hidden.dtype
+        watched = tensors_of(teacher) if per_row and not torch.compiler.is_compiling() else []
+        ctx.versions = [(x, x._version) for _, x in watched]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rows)
+        return loss, rows, anchor
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        if upstream is None:
+            return (None,) * 11
+        *tensors, labels, weights, num_items, anchor = ctx.saved_tensors
+        teacher, *_, objective, backend = ctx.call
+        if objective.reduction == "none":
+            if any(x._version != version for x, version in ctx.versions):
+                raise RuntimeError(
+                    "the teacher was modified in place between the forward and the backward pass "
+                    "of kd_loss(reduction='none'), whose gradient needs it as it was"
+                )
+            weights = chunked.row_factors(labels, weights, upstream, objective.ignore_index)
+            hidden, weight, bias, _ = tensors
+            head = replace(ctx.head, hidden=hidden, weight=weight, bias=bias)
+            inputs = head, teacher, labels, weights, ctx.needs_input_grad[:3], False
+            gradients = chunked.head_rows(*inputs, objective, backend)[1]
+            factor = upstream.new_ones(())
+        else:
+            gradients = chunked.HeadGradients(*tensors)
+            factor = upstream if num_items is None else upstream / num_items
+        counts = chunked.counting(labels, weights, objective.ignore_index)
+        inplace = objective.reduction == "none" or not _graph_is_kept()
+        grads = gradients.times(factor, counts, objective.vocab_size, ctx.like, inplace)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = [x if x is None else NotTwice.apply(x, anchor, upstream) for x in grads]
+        return (*grads, *(None,) * 8)
 
 
 def _graph_is_kept():

@@ -1,5 +1,6 @@
 """`kd_loss`: checks everything once, chooses the backend, and hands rows to it."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,10 @@ import torch.nn.functional as F
 
 from . import autograd, checks, ops
 from .backends import eager, registry
+from .kept import keep
 from .objective import make_objective
+from .source_checks import check_sources, check_sparse_objective
+from .sources import Ensemble, LinearHead, Sampled, TopK
 
 
 class KDTerms(NamedTuple):
@@ -53,9 +57,10 @@ def kd_loss(
 
     Args:
         student: logits (..., V_s), at least 2-D; float32, bfloat16, float16, or float64 (eager).
-            Any view with unit stride along V is read where it lies.
-        teacher: logits (..., V_t), any of the dtypes (float64 only with a float64 student); must
-            not require grad. Not read where alpha = 0.
+            Any view with unit stride along V is read where it lies. Or `LinearHead`.
+        teacher: logits (..., V_t), any of the dtypes (float64 only with a float64 student), or
+            `LinearHead`, `TopK`, `Sampled`, `Ensemble`. Its tensors must not require grad, and are
+            not read where alpha = 0.
         labels: class ids (...), int64 or int32, or None.
         divergence: D, one of
             "forward_kl": KL(p‖q) = Σ p (log p − log q);
@@ -86,7 +91,8 @@ def kd_loss(
             With the number of tokens of the whole batch, gradient accumulation and data parallel
             training give the gradient of one big batch.
         inplace: write the gradient over the student's logits, which may not be used afterwards.
-            (Under `torch.compile`, whose graphs own their memory, they are left as they are.)
+            (Under `torch.compile`, whose graphs own their memory, they are left as they are. A
+            `LinearHead` has none.)
         backend: "native", "triton", "eager", or None: the environment variable `KDKERNELS_BACKEND`,
             read at each call (by `torch.compile`: when it traces), else the fastest usable one.
         return_terms: return `KDTerms(loss, distill, hard, num_items)`.
@@ -98,15 +104,19 @@ def kd_loss(
     Raises:
         TypeError: an argument that is no tensor, has a dtype not listed, or is not a number.
         ValueError: shapes that do not match, names or numbers outside what is listed, a teacher
-            that requires grad.
+            that requires grad, a divergence or temperature that a sparse teacher has no answer for;
+            what `TopK` or `Sampled` hold and is no distribution (on a GPU the row is NaN).
         IndexError: labels outside [0, vocab_size) that are not `ignore_index` (on a GPU the row is
-            NaN and the error follows).
+            NaN and the error follows); ids of `TopK` or `Sampled` outside it that are not −1 (on a
+            GPU the row is NaN).
         RuntimeError: a backend asked for that cannot be used; `inplace` on a leaf that requires
             grad.
     """
-    vocab_size = checks.logits(student, teacher, vocab_size)
-    checks.row_tensor("labels", labels, student, checks.LABELS)
-    checks.row_tensor("token_weights", token_weights, student, checks.REALS)
+    vocab_size = check_sources(student, teacher, vocab_size)
+    leading = student.hidden if isinstance(student, LinearHead) else student
+    shape, device = leading.shape[:-1], leading.device
+    checks.row_tensor("labels", labels, shape, device, checks.LABELS)
+    checks.row_tensor("token_weights", token_weights, shape, device, checks.REALS)
     checks.num_items(num_items, reduction)
     objective = make_objective(
         divergence=divergence,
@@ -120,30 +130,37 @@ def kd_loss(
         reduction=reduction,
         has_labels=labels is not None,
     )
-    backend = registry.resolve(student.device.type, student.dtype, backend)
+    check_sparse_objective(teacher, objective, divergence)
+    backend = registry.resolve(device.type, leading.dtype, backend)
 
-    shape = student.shape[:-1]
     if labels is not None:
         labels = labels.to(torch.int64)  # before shift, so that any ignore_index fits
     if shift:
-        labels, token_weights = _shift(student, labels, token_weights, ignore_index)
+        labels, token_weights = _shift(leading, labels, token_weights, ignore_index)
+    inplace = inplace and isinstance(student, torch.Tensor)
     if inplace and student.requires_grad and torch.is_grad_enabled():
         checks.overwritable(student, teacher)
         inplace = not torch.compiler.is_compiling()
         if inplace:
-            if labels is not None and student.device.type == "cpu":
+            if labels is not None and device.type == "cpu":
                 ops.check_labels(labels, ignore_index, vocab_size)  # while the logits still live
             student = autograd.give_up(student)
     else:
         inplace = False
-    student, teacher = _rows(student), _rows(teacher)
+    rows = shape if len(shape) <= 2 else (shape[:-1].numel(), shape[-1])
     if labels is not None:
-        labels = labels.reshape(student.shape[:-1]).contiguous()
+        labels = labels.reshape(rows).contiguous()
     if token_weights is not None:
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        token_weights = token_weights.to(dtype).reshape(student.shape[:-1]).contiguous()
+        dtype = torch.promote_types(leading.dtype, torch.float32)
+        token_weights = token_weights.to(dtype).reshape(rows).contiguous()
     if num_items is not None:
-        num_items = _as_float64(num_items, student.device)
+        num_items = _as_float64(num_items, device)
+    student = _rows(student)
+    teacher = _rows(teacher)
+    if objective.distill_weight or return_terms:
+        teacher = _kept(teacher, labels, objective)
+    elif not isinstance(teacher, torch.Tensor):
+        teacher = None  # a term of weight 0 is not computed, nor what it would take
 
     inputs = student, teacher, labels, token_weights, num_items, objective, return_terms
     if backend == "eager":
@@ -174,10 +191,44 @@ def _as_float64(num_items, device):
 
 
 def _rows(x):
-    """(..., V) -> (L, V) or (B, L, V) with unit vocabulary stride: a view where one exists."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
-    return x if x.dim() <= 3 else x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+    """A source (..., ·) -> (L, ·) or (B, L, ·): views where they exist, unit vocabulary stride."""
+    if isinstance(x, torch.Tensor):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            x = x.contiguous()
+        return x if x.dim() <= 3 else x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+    if isinstance(x, Ensemble):
+        return Ensemble([_rows(member) for member in x.teachers], x.weights, x.mean)
+    if isinstance(x, LinearHead):
+        weight = x.weight
+        return replace(x, hidden=_rows(x.hidden), weight=_whole(weight), bias=_whole(x.bias))
+    if isinstance(x, TopK):
+        return TopK(_rows(x.ids), _rows(x.logprobs), x.tail)
+    return Sampled(_rows(x.ids), _rows(x.counts))
+
+
+def _whole(x):
+    """A parameter that is sharded over ranks (DTensor, as FSDP2 makes them), gathered once.
+
+    Its gradient is the mean of the ranks' gradients, as FSDP2 leaves in every other parameter.
+    """
+    if not hasattr(x, "full_tensor"):
+        return x
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.full_tensor()
+    from torch.distributed.tensor import Partial
+
+    ranks = x.device_mesh.size()
+    whole = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    whole.register_hook(lambda grad: grad / ranks)
+    return whole
+
+
+def _kept(teacher, labels, objective):
+    """The teacher (L, ·) or (B, L, ·), what is sparse in it as `Kept`."""
+    if isinstance(teacher, Ensemble):
+        members = [_kept(x, labels, objective) for x in teacher.teachers]
+        return Ensemble(members, teacher.weights, teacher.mean)
+    return keep(teacher, labels, objective) if isinstance(teacher, (TopK, Sampled)) else teacher
 
 
 def _shift(student, labels, token_weights, ignore_index):

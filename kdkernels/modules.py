@@ -49,7 +49,7 @@ class KDLoss(nn.Module):
             reduction=reduction,
         )
         make_objective(**objective, has_labels=True)
-        checks.vocab_size_option(vocab_size)
+        checks.positive_int("vocab_size", vocab_size)
         registry.check_name("backend", backend)
         self.options = dict(
             **objective,
@@ -60,7 +60,7 @@ class KDLoss(nn.Module):
         )
 
     def forward(self, student, teacher, labels=None, *, token_weights=None, num_items=None):
-        """student (..., V), teacher (..., V), labels (...) -> what `kd_loss` returns."""
+        """Predictions: logits (..., V) or sources; labels (...) -> what `kd_loss` returns."""
         return kd_loss(
             student,
             teacher,

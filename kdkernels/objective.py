@@ -35,6 +35,10 @@ class Objective:
     hard_weight: float
     distill_scale: float  # T², or 1: the factor that `KDTerms.distill` shares with the loss
     label_smoothing: float
+    student_scale: float  # of logits that come as projections: see LinearHead
+    student_cap: float  # 0: none
+    teacher_scale: float
+    teacher_cap: float
     ignore_index: int
     vocab_size: int  # columns from here on are padding
     reduction: str  # one of REDUCTIONS
@@ -44,7 +48,8 @@ class Objective:
         return tuple(getattr(self, field) for field in self.__dataclass_fields__)
 
 
-def _number(name, value, low, high):
+def number(name, value, low, high):
+    """The float that an option is, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not low <= value <= high:  # also catches NaN
@@ -64,7 +69,7 @@ def resolve_divergence(divergence, beta):
         if beta is not None:
             raise ValueError(f"beta={beta} was given, but divergence {divergence!r} has no beta")
         return divergence, 0.0
-    beta = DEFAULT_BETA[divergence] if beta is None else _number("beta", beta, 0, 1)
+    beta = DEFAULT_BETA[divergence] if beta is None else number("beta", beta, 0, 1)
     limit = LIMITS.get((divergence, beta))
     return (limit, 0.0) if limit else (divergence, max(beta, MIN_BETA))
 
@@ -85,9 +90,9 @@ def make_objective(
     """Check every option that is not a tensor. `vocab_size` is the resolved width."""
     check_choice("reduction", reduction, REDUCTIONS)
     divergence, beta = resolve_divergence(divergence, beta)
-    temperature = _number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
-    alpha = _number("alpha", alpha, 0, 1)
-    label_smoothing = _number("label_smoothing", label_smoothing, 0, 1)
+    temperature = number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+    alpha = number("alpha", alpha, 0, 1)
+    label_smoothing = number("label_smoothing", label_smoothing, 0, 1)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -103,6 +108,10 @@ def make_objective(
         hard_weight=1.0 - alpha if has_labels else 0.0,
         distill_scale=distill_scale,
         label_smoothing=label_smoothing,
+        student_scale=1.0,
+        student_cap=0.0,
+        teacher_scale=1.0,
+        teacher_cap=0.0,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
         reduction=reduction,

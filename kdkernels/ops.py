@@ -11,25 +11,27 @@ LIBRARY = torch.library.Library("kdkernels", "DEF")
 # The fields of `objective.Objective`, in its order.
 OPTIONS = (
     "str divergence, float beta, float temperature, float distill_weight, float hard_weight, "
-    "float distill_scale, float label_smoothing, int ignore_index, int vocab_size, str reduction"
+    "float distill_scale, float label_smoothing, float student_scale, float student_cap, "
+    "float teacher_scale, float teacher_cap, int ignore_index, int vocab_size, str reduction"
 )
 
-# student (L, V_s) or (B, L, V_s), teacher likewise with V_t: unit vocabulary stride. labels int64
-# and weights float32, (L) or (B, L): contiguous. num_items () float64: the denominator of a mean,
-# by default Σ weights over the rows that count.
+# student (L, V_s) or (B, L, V_s): unit vocabulary stride. teacher: [logits], likewise with V_t, or
+# the fields of `kept.Kept`, contiguous. labels int64 and weights float32, (L) or (B, L):
+# contiguous. num_items () float64: the denominator of a mean, by default Σ weights over the rows
+# that count.
 # loss () float32; for reduction "none" it is rows[0] that holds it. unscale float32: what the
 # gradient still has to be multiplied by, (L) or (B, L) for float16, else () and 1; 0 where no row
 # counts.
 # rows (3, L) or (3, B, L) float32: weight · loss, distillation term, cross-entropy of every row.
-# grad: as student, contiguous ((0,) when not wanted); `distill_rows_` writes it over the student's
-# logits. upstream () or a value for every row, float32, contiguous: `scale_rows_` multiplies grad
-# by upstream · unscale.
+# grad: as student, contiguous ((0,) when not wanted); `distill_rows_` writes it to any memory of
+# that shape, the student's too. upstream () or a value for every row, float32, contiguous:
+# `scale_rows_` multiplies grad by upstream · unscale.
 SCHEMAS = {
-    "distill_rows": "(Tensor student, Tensor teacher, Tensor? labels, Tensor? weights, "
+    "distill_rows": "(Tensor student, Tensor[] teacher, Tensor? labels, Tensor? weights, "
     f"Tensor? num_items, bool want_terms, bool want_grad, {OPTIONS}) "
     "-> (Tensor loss, Tensor unscale, Tensor rows, Tensor grad)",
-    "distill_rows_": "(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? weights, "
-    f"Tensor? num_items, bool want_terms, {OPTIONS}) "
+    "distill_rows_": "(Tensor student, Tensor[] teacher, Tensor? labels, Tensor? weights, "
+    f"Tensor? num_items, Tensor(a!) grad, bool want_terms, {OPTIONS}) "
     "-> (Tensor loss, Tensor unscale, Tensor rows)",
     "scale_rows_": "(Tensor(a!) grad, Tensor upstream, Tensor unscale, Tensor? labels, "
     "Tensor? weights, int ignore_index, int vocab_size) -> ()",
@@ -92,7 +94,7 @@ def operators(compute, scale_rows_):
     """Operator name -> function, of a backend that has one function for both ways to distil.
 
     `compute(student, teacher, labels, weights, num_items, grad, want_terms, options)` returns
-    loss, unscale and rows and writes the gradient to `grad`, which is the student itself or None.
+    loss, unscale and rows and writes the gradient to `grad`, which may be the student, or None.
     """
 
     def distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
@@ -100,16 +102,34 @@ def operators(compute, scale_rows_):
         inputs = student, teacher, labels, weights, num_items
         return *compute(*inputs, grad if want_grad else None, terms, options), grad
 
-    def distill_rows_(student, teacher, labels, weights, num_items, terms, *options):
+    def distill_rows_(student, teacher, labels, weights, num_items, grad, terms, *options):
         inputs = student, teacher, labels, weights, num_items
-        return compute(*inputs, student, terms, options)
+        return compute(*inputs, grad, terms, options)
 
     return dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
+
+
+def as_list(teacher, student):
+    """Logits, `Kept`, or None for what is not read, as the operators take them."""
+    if teacher is None:
+        return [student]
+    return [teacher] if isinstance(teacher, torch.Tensor) else teacher.fields()
 
 
 def get(name, backend):
     """The operator `name` of a backend."""
     return getattr(getattr(torch.ops.kdkernels, name), backend)
+
+
+def distill_rows_(
+    student, teacher, labels, weights, num_items, grad, want_terms, objective, backend
+):
+    """loss, unscale and rows; the gradient into `grad`, which may be the student, or None."""
+    inputs = student, as_list(teacher, student), labels, weights, num_items
+    if grad is None:
+        operator, options = get("distill_rows", backend), objective.options()
+        return operator(*inputs, want_terms, False, *options)[:3]
+    return get("distill_rows_", backend)(*inputs, grad, want_terms, *objective.options())
 
 
 # Labels are checked where they are used: by the compiled kernels themselves, and by this operator

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kdkernels import kd_loss
+from kdkernels import LinearHead, TopK, kd_loss
 from kdkernels.backends import triton as backend
 from kdkernels.backends import triton_kernels as kernels
 from kdkernels.backends.registry import BACKENDS
@@ -79,18 +79,37 @@ class Driver:
         return launch
 
 
-def call(rows=3, columns=40000, dtype="float32", has_labels=True, **options):
+def call(
+    rows=3,
+    columns=40000,
+    dtype="float32",
+    has_labels=True,
+    has_weights=False,
+    kept=None,
+    softcap=None,
+    **options,
+):
+    """`kept`: K of a sparse teacher. `softcap`: of a teacher's head, beside a student's logits."""
+    dtype = getattr(torch, dtype)
     # Memory that nobody touches.
-    student, teacher = (torch.empty(rows, columns, dtype=getattr(torch, dtype)) for _ in range(2))
+    student, teacher = (torch.empty(rows, columns, dtype=dtype) for _ in range(2))
+    if kept is not None:
+        ids = torch.arange(kept).expand(rows, -1)
+        teacher = TopK(ids, torch.full(ids.shape, -20.0))
+    elif softcap is not None:
+        teacher = LinearHead(torch.ones(rows, 1), torch.ones(columns, 1), softcap=softcap)
     labels = torch.zeros(rows, dtype=torch.int64) if has_labels else None
-    loss = kd_loss(student.requires_grad_(), teacher, labels, backend="triton", **options)
+    weights = torch.ones(rows) if has_weights else None
+    options = dict(options, token_weights=weights, backend="triton")
+    loss = kd_loss(student.requires_grad_(), teacher, labels, **options)
     torch.autograd.grad(loss, student)
 
 
 @functools.cache
 def reports():
     """{hash: what the compiler reports} of all that has been compiled."""
-    launched = (kernels.prepare, kernels.distill_rows, kernels.finish, kernels.scale_rows)
+    of_rows = kernels.distill_rows, kernels.distill_kept_rows, kernels.scale_rows
+    launched = (kernels.prepare, *of_rows, kernels.finish)
     compiled = (x for kernel in launched for x in kernel.device_caches[0][0].values())
     return {x.metadata.hash: report(x.asm) for x in compiled}
 

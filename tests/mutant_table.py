@@ -293,11 +293,11 @@ MUTANTS = (
     Mutant(
         "teacher offset with the student's stride",
         "cuda/distill_kernel.h",
-        "  const Side teacher = slice.of(task, task.teacher, row);",
+        "  if constexpr (K::kDistill) return slice.of(task, task.teacher, row);",
         "  Rows strided = task.student;\n"
         "  strided.data = task.teacher.data;\n"
         "  strided.dtype = task.teacher.dtype;\n"
-        "  const Side teacher = slice.of(task, strided, row);",
+        "  if constexpr (K::kDistill) return slice.of(task, strided, row);",
         "the teacher may have other strides",
     ),
     Mutant(

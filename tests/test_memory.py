@@ -13,7 +13,7 @@ from conftest import DTYPES, problem, random_like
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdkernels import kd_loss
+from kdkernels import Ensemble, LinearHead, Sampled, TopK, kd_loss
 
 IGNORE = -100
 ROOT = Path(__file__).parents[1]
@@ -130,6 +130,84 @@ def test_inplace_allocates_nothing(compiled, dtype):
         loss = kd_loss(logits, teacher, labels, inplace=True, backend=compiled)
         torch.autograd.grad(loss, logits, random_like(loss), allow_unused=True)
     assert mode.found == []
+
+
+# --- sources: logits that never exist in full -----------------------------------------------------
+
+N, H, V = 64, 4, 512
+
+
+def head(dtype=torch.float32, rows=N, columns=V, **options):
+    return LinearHead(torch.randn(rows, H).to(dtype), torch.randn(columns, H).to(dtype), **options)
+
+
+def made(student, teacher, size, labels, **options):
+    """Which operators made storage of `size` bytes, with a head's or logits' gradients."""
+    leaves = [student.hidden, student.weight] if isinstance(student, LinearHead) else [student]
+    for x in leaves:
+        x.requires_grad_()
+    with Allocations(size) as mode:
+        loss = kd_loss(student, teacher, labels, **options)
+        torch.autograd.grad(loss, leaves, random_like(loss))
+    return mode.found
+
+
+def sparse(kind):
+    logits = torch.randn(N, V)
+    logprobs, ids = logits.log_softmax(-1).topk(3)
+    return Sampled(ids, torch.ones(N, 3)) if kind == "counts" else TopK(ids, logprobs, kind)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("teacher", ["head", "bucket", "ensemble"])
+def test_logits_of_a_head_exist_in_chunks(compiled, dtype, teacher, reduction):
+    student = head(dtype, chunk_rows=8)
+    if teacher == "head":
+        teacher = head(dtype)
+    elif teacher == "ensemble":
+        teacher = Ensemble([head(dtype), head(dtype), sparse("renormalize")])
+    else:
+        teacher = sparse(teacher)
+    labels = torch.randint(V, (N,))
+    options = dict(reduction=reduction, backend=compiled)
+    # A chunk in float32, and never more.
+    assert made(student, teacher, 8 * (V + 1) * 4 + 1, labels, **options) == []
+
+
+@pytest.mark.parametrize("kind", ["bucket", "renormalize", "counts"])
+def test_a_sparse_teacher_takes_the_gradient_alone(compiled, dtype, kind):
+    student, labels = torch.randn(N, V).to(dtype), torch.randint(V, (N,))
+    found = made(student, sparse(kind), N * V, labels, backend=compiled)
+    assert found == [f"kdkernels.distill_rows.{compiled}"]
+
+
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
+def test_a_mean_exists_in_chunks(compiled, mean):
+    student, labels = torch.randn(N, V), torch.randint(V, (N,))
+    members = [torch.randn(N, V), head(chunk_rows=8)]
+    found = made(
+        student, Ensemble(members, mean=mean), 8 * (V + 1) * 4 + 1, labels, backend=compiled
+    )
+    assert found == ["aten.new_empty.default"]  # the gradient
+
+
+@pytest.mark.parametrize("grad_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_weight_takes_its_own_memory_and_as_much(compiled, grad_dtype):
+    columns = 4096
+    student, teacher = (
+        head(torch.bfloat16, 2, columns, chunk_rows=1, grad_dtype=x) for x in (grad_dtype, None)
+    )
+    labels = torch.tensor([5, 4000])
+    found = made(student, teacher, columns * H * 2, labels, backend=compiled)
+    assert found == ["aten.new_zeros.default"] * (1 if grad_dtype == torch.bfloat16 else 2)
+
+
+def test_a_frozen_weight_has_no_gradient(compiled):
+    student, teacher, labels = head(chunk_rows=1), head(), torch.randint(V, (N,))
+    hidden = student.hidden.requires_grad_()
+    with Allocations(V * H * 2) as mode:
+        kd_loss(student, teacher, labels, backend=compiled).backward()
+    assert mode.found == [] and hidden.grad is not None
 
 
 # --- the process's own memory: what the kernels allocate is seen here too -------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_same_bits, problem
 
-from kdkernels import KDLoss, kd_loss
+from kdkernels import Ensemble, KDLoss, LinearHead, TopK, kd_loss
 
 OPTIONS = dict(
     divergence="jsd",
@@ -49,6 +49,22 @@ def test_every_option_arrives(backend, name):
     if name != "t_squared":  # at T = 1 it is no change
         assert not torch.equal(expected, plain)
     assert_same_bits((KDLoss(**options, backend=backend)(student, teacher, labels), expected))
+
+
+@pytest.mark.parametrize("kind", ["head", "top-k", "ensemble"])
+def test_sources(backend, kind):
+    student, logits, labels = problem(6, 12)
+    hidden, weight = torch.randn(6, 3), torch.randn(12, 3)
+    logprobs, ids = logits.log_softmax(-1).topk(4)
+    teacher = {
+        "head": LinearHead(hidden, weight),
+        "top-k": TopK(ids, logprobs),
+        "ensemble": Ensemble([logits, LinearHead(hidden, weight)]),
+    }[kind]
+    for prediction in (student, LinearHead(hidden, weight.flip(0))):
+        expected = kd_loss(prediction, teacher, labels, alpha=0.3, backend=backend)
+        criterion = KDLoss(alpha=0.3, backend=backend)
+        assert_same_bits((criterion(prediction, teacher, labels), expected))
 
 
 def test_forward_arguments(backend):

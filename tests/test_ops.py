@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import NAMES, UNAVAILABLE, assert_same_bits, problem, random_like, run
 
-from kdkernels import KDTerms, kd_loss, ops
+from kdkernels import Ensemble, KDTerms, LinearHead, Sampled, TopK, kd_loss, ops
 from kdkernels.objective import make_objective
 
 IGNORE = -100
@@ -21,19 +21,26 @@ OPTIONS = dict(
 )
 
 
+KEPT = torch.tensor([0.5, 0.2, 0.1, 0.0], dtype=torch.float64)
+REST = torch.full((2, 3), 0.2, dtype=torch.float64)
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
 
 
-def rows_problem(**kinds):
-    """student (B, L, 12), teacher (B, L, 15), labels, weights, num_items: an operator's inputs."""
+def rows_problem(kept=False, **kinds):
+    """student (B, L, 12), teacher [(B, L, 15)] or [ids, log p (B, L, 4), log p of the rest (B, L)],
+    labels, weights, num_items: an operator's inputs."""
     student, teacher, labels = problem(2, 3, 15, **kinds)
     labels %= 12
     labels[1, 0] = IGNORE
     return (
         student[..., :12].contiguous(),
-        teacher,
+        [torch.tensor([0, 3, 7, 12]).repeat(2, 3, 1), KEPT.log().repeat(2, 3, 1), REST.log()]
+        if kept
+        else [teacher],
         labels,
         torch.rand(2, 3),
         torch.tensor(3.5, dtype=torch.float64),
@@ -62,9 +69,10 @@ def test_opcheck_labels():
 
 @pytest.mark.parametrize("optional", ["all", "none", "strided"])
 @pytest.mark.parametrize("want_grad", [True, False])
-def test_opcheck_distill_rows(compiled, dtype, optional, want_grad):
+@pytest.mark.parametrize("kept", [False, True])
+def test_opcheck_distill_rows(compiled, dtype, optional, want_grad, kept):
     options = make_objective(**OPTIONS, vocab_size=12).options()
-    student, teacher, *rest = rows_problem(dtype=dtype)
+    student, teacher, *rest = rows_problem(kept, dtype=dtype)
     if optional == "none":
         rest = [None] * 3
     if optional == "strided":
@@ -75,7 +83,8 @@ def test_opcheck_distill_rows(compiled, dtype, optional, want_grad):
 
 def test_opcheck_distill_rows_inplace(compiled, dtype):
     options = make_objective(**OPTIONS, vocab_size=12).options()
-    arguments = (*rows_problem(dtype=dtype), False, *options)
+    student, *rest = rows_problem(dtype=dtype)
+    arguments = (student, *rest, torch.zeros_like(student), False, *options)
     torch.library.opcheck(ops.get("distill_rows_", compiled), arguments)
 
 
@@ -91,16 +100,17 @@ def test_opcheck_scale_rows(compiled, dtype, per_row):
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
 @pytest.mark.parametrize("want_grad", [True, False])
 def test_fakes_promise_what_the_kernels_return(compiled, dtype, layout, want_grad):
-    student, *rest = rows_problem(dtype=dtype)
+    student, (teacher,), *rest = rows_problem(dtype=dtype)
     if layout == "sliced":
         student = torch.randn(2, 7, 20).to(dtype)[:, 2:5, 3:15]
     if layout == "transposed":
         student = torch.randn(3, 2, 12).to(dtype).transpose(0, 1)
     options = make_objective(**OPTIONS, vocab_size=12).options()
-    real = ops.get("distill_rows", compiled)(student, *rest, True, want_grad, *options)
+    operator = ops.get("distill_rows", compiled)
+    real = operator(student, [teacher], *rest, True, want_grad, *options)
     with torch._subclasses.FakeTensorMode() as mode:
-        tensors = [mode.from_tensor(x) for x in (student, *rest)]
-        fake = ops.get("distill_rows", compiled)(*tensors, True, want_grad, *options)
+        student, teacher, *rest = (mode.from_tensor(x) for x in (student, teacher, *rest))
+        fake = operator(student, [teacher], *rest, True, want_grad, *options)
     for x, y in zip(real, fake, strict=True):
         assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
 
@@ -254,3 +264,33 @@ def test_functional_grad(backend):
         return
     one = torch.ones(())
     assert_same_bits((grad, run(student, teacher, labels, upstream=one, backend=backend)[1]))
+
+
+SOURCES = {
+    "heads": lambda x: (
+        LinearHead(x, WEIGHT, chunk_rows=4),
+        LinearHead(x.detach(), WEIGHT.flip(0)),
+    ),
+    "file": lambda x: (LinearHead(x, WEIGHT), TopK(IDS, torch.full((6, 3), -2.0))),
+    "samples": lambda x: (x @ WEIGHT.T, Sampled(IDS, torch.ones(6, 3))),
+    "ensemble": lambda x: (x @ WEIGHT.T, Ensemble([x.detach() @ WEIGHT.T, torch.zeros(6, 12)])),
+}
+WEIGHT = torch.arange(12 * 5).view(12, 5) % 7 / 4
+IDS = torch.tensor([[0, 7, 3]] * 6)
+
+
+@pytest.mark.parametrize("sources", SOURCES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_sources_are_the_same_bits(compiled, sources, reduction):
+    hidden, _, labels = problem(6, 5)
+
+    def function(hidden):
+        options = dict(reduction=reduction, backend=compiled)
+        return kd_loss(*SOURCES[sources](hidden), labels, **options)
+
+    found = []
+    for run_it in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaf = hidden.clone().requires_grad_()
+        loss = run_it(leaf)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf, random_like(loss))))
+    assert_same_bits(*zip(*found, strict=True))

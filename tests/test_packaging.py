@@ -138,7 +138,7 @@ def info(site):
 
 
 def test_sdist_is_complete(source):
-    for folder in ("csrc", "kdkernels", "tests"):
+    for folder in ("csrc", "examples", "kdkernels", "tests"):
         expected = files(ROOT / folder, "**/*") - files(ROOT / folder, "_C.*") - {"_build.py"}
         assert files(source / folder, "**/*") == expected
     for name in (

@@ -25,8 +25,10 @@ REGISTERS = 65536  # of an NVIDIA multiprocessor
 LONG = dict(rows=8192, columns=128256, dtype="bfloat16")
 CALLS = (
     *(dict(LONG, divergence=name) for name in DIVERGENCES),
-    dict(LONG, columns=4096, alpha=0.0),
-    dict(LONG, columns=1000, dtype="float16", has_labels=False),
+    dict(LONG, columns=4096, alpha=0.0, has_weights=True),
+    dict(LONG, columns=1000, dtype="float16", has_labels=False, num_items=7.0),
+    dict(LONG, kept=64, divergence="jsd"),
+    dict(LONG, rows=100, softcap=30.0),
 )
 
 # What a value of an argument may not compile anew.
@@ -57,7 +59,7 @@ def launches(target, calls):
 
 
 def of_the_rows(launched):
-    (launch,) = (x for x in launched if x["kernel"] == "distill_rows")
+    (launch,) = (x for x in launched if x["kernel"] in ("distill_rows", "distill_kept_rows"))
     return launch
 
 

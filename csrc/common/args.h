@@ -18,6 +18,7 @@ struct Objective {
   double hard_weight;
   double distill_scale;
   double label_smoothing;
+  double student_scale = 1, student_cap = 0, teacher_scale = 1, teacher_cap = 0;  // see cap.h
   std::int64_t ignore_index;
   std::int64_t vocab_size;
   bool mean;  // the reduction; the others differ in what the caller does with the rows
@@ -43,11 +44,20 @@ KDK_FN int small_power(double temperature) {
   return 0;
 }
 
+// A teacher that knows some classes of each row (kdkernels/kept.py: Kept).
+struct Kept {
+  std::int64_t count;       // K; 0: the teacher is dense
+  const std::int64_t* ids;  // (B · L, K), ascending; at least V where there is no class
+  const double* log_p;      // (B · L, K)
+  const double* log_rest;   // (B · L): of all other classes
+};
+
 struct DistillArgs {
   std::int64_t batch, length;  // B, L
   std::int64_t width;          // V_s: columns of student and gradient, padding included
   Rows student;                // (B, L, V_s)
-  Rows teacher;                // (B, L, V_t)
+  Rows teacher;                // (B, L, V_t), or
+  Kept kept;
   Rows grad;  // (B, L, V_s), may be the student's own memory; data null: not wanted
   const std::int64_t* labels;  // (B · L) or null
   const float* weights;        // (B · L) or null for 1

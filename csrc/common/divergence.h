@@ -18,6 +18,8 @@ enum class Divergence : int {
   kSkewForwardKL = 3,
   kSkewReverseKL = 4,
   kTVD = 5,
+  // A kernel's, on GPUs: any of these over the classes that a sparse teacher knows, see kept.h.
+  kKept = 6,
 };
 
 // Where the two logits of a class stand after the row statistics.

@@ -43,12 +43,14 @@ inline CudaCall cuda_call(const PyCudaCall& call) {
   return {device, pointer<void>(stream), pointer<void>(scratch), pointer<std::int64_t>(bad_label)};
 }
 
-inline void py_distill_rows_cuda(const PySizes& sizes, const PyRows& student, const PyRows& teacher,
+inline void py_distill_rows_cuda(const PySizes& sizes, const PyRows& student,
+                                 const std::optional<PyRows>& teacher,
+                                 const std::optional<PyKept>& kept,
                                  const std::optional<PyRows>& grad, const PyPointers& inputs,
                                  const PyPointers& outputs, bool want_terms,
                                  const PyOptions& options, const PyCudaCall& call) {
   check_cuda(distill_rows_cuda(
-      distill_args(sizes, student, teacher, grad, inputs, outputs, want_terms, options),
+      distill_args(sizes, student, teacher, kept, grad, inputs, outputs, want_terms, options),
       cuda_call(call)));
 }
 

@@ -1,7 +1,7 @@
 // Which kernel computes a task.
 #pragma once
 
-#include "cuda/row.h"
+#include "cuda/kept_row.h"
 
 namespace kdk {
 namespace gpu {
@@ -14,17 +14,24 @@ inline bool is_aligned(const Rows& rows) {
 }
 
 inline bool is_whole(const RowTask& task) {
-  return task.plan.stages > 0 && is_aligned(task.student) && is_aligned(task.teacher) &&
+  const bool logits = !changes(task.student_cap) && !(task.distill && changes(task.teacher_cap));
+  const bool dense = task.kept.count == 0;
+  return logits && task.plan.stages > 0 && is_aligned(task.student) &&
+         (!dense || is_aligned(task.teacher)) &&
          (task.grad.data == nullptr || is_aligned(task.grad));
 }
 
 template <Divergence kDivergence, bool kWhole, typename Launch>
 auto with_kind(const RowTask& task, const Launch& launch) {
-  if constexpr (kDivergence == Divergence::kForwardKL) {
-    if (!task.distill) return launch(Kind<kDivergence, false, true, kWhole>{});
+  if constexpr (kDivergence == Divergence::kKept) {  // no teacher's row to bring
+    return launch(Kind<kDivergence, false, true, kWhole>{});
+  } else {
+    if constexpr (kDivergence == Divergence::kForwardKL) {
+      if (!task.distill) return launch(Kind<kDivergence, false, true, kWhole>{});
+    }
+    if (!task.hard) return launch(Kind<kDivergence, true, false, kWhole>{});
+    return launch(Kind<kDivergence, true, true, kWhole>{});
   }
-  if (!task.hard) return launch(Kind<kDivergence, true, false, kWhole>{});
-  return launch(Kind<kDivergence, true, true, kWhole>{});
 }
 
 // launch(kind) with the Kind of the task.

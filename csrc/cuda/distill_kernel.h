@@ -14,7 +14,7 @@
 // from the L2 cache where the plan fits it.
 #pragma once
 
-#include "cuda/row.h"
+#include "cuda/kept_row.h"
 
 namespace kdk {
 namespace gpu {
@@ -65,6 +65,12 @@ KDK_DEVICE Slice slice_of(const RowTask& task, const Team& team) {
   return {first, left < task.plan.slice ? static_cast<int>(left) : task.plan.slice};
 }
 
+template <typename K>
+KDK_DEVICE Side teacher_of(const RowTask& task, const Slice& slice, std::int64_t row) {
+  if constexpr (K::kDistill) return slice.of(task, task.teacher, row);
+  return {nullptr, task.teacher.dtype};
+}
+
 // ---- Rows in shared memory --------------------------------------------------------------------
 
 // A row in one of the stages, as far from a 16-byte boundary as it is in memory.
@@ -72,12 +78,13 @@ struct Stage {
   Side student, teacher;
 };
 
+template <typename K>
 KDK_DEVICE Stage stage_of(const RowTask& task, int stage, const Side& student,
                           const Side& teacher) {
   const auto room = [&](DType dtype) {
     return task.plan.slice * static_cast<int>(size_of(dtype)) + 16;
   };
-  const int rooms = room(student.dtype) + room(teacher.dtype);
+  const int rooms = room(student.dtype) + (K::kDistill ? room(teacher.dtype) : 0);
   char* begin = shared_memory() + static_cast<int>(sizeof(Exchange)) + stage * rooms;
   return {{begin + misalignment(student), student.dtype},
           {begin + room(student.dtype) + misalignment(teacher), teacher.dtype}};
@@ -104,8 +111,8 @@ template <typename K>
 KDK_DEVICE void fetch_row(const RowTask& task, const Slice& slice, std::int64_t row, int stage,
                           Exchange& exchange) {
   const Side student = slice.of(task, task.student, row);
-  const Side teacher = slice.of(task, task.teacher, row);
-  const Stage room = stage_of(task, stage, student, teacher);
+  const Side teacher = teacher_of<K>(task, slice, row);
+  const Stage room = stage_of<K>(task, stage, student, teacher);
   const Interior of_student = interior_of(student, slice.columns);
   const Interior of_teacher = interior_of(teacher, K::kDistill ? slice.columns : 0);
   if (thread_rank() == 0) {
@@ -180,9 +187,10 @@ KDK_DEVICE void distill_rows(const RowTask& task) {
   float s_label = 0, t_label = 0;
   const auto load_labels = [&](std::int64_t index, const Wanted& wanted) {
     if (!K::kHard || !wanted.read) return;
+    if (!K::kDistill && wanted.label < 0) return;  // a sparse teacher's row without a label
     const Slice from{wanted.label, 1};
     s_label = load_one(from.of(task, task.student, index), 0);
-    t_label = K::kDistill ? load_one(from.of(task, task.teacher, index), 0) : -kInfinity;
+    if constexpr (K::kDistill) t_label = load_one(from.of(task, task.teacher, index), 0);
   };
 
   if (staged && thread_rank() == 0) {
@@ -204,16 +212,23 @@ KDK_DEVICE void distill_rows(const RowTask& task) {
     Row row{};
     row.index = index;
     row.columns = slice.columns;
+    row.first = slice.first;
     row.s_label = s_label;
-    row.t_label = t_label;
+    row.t_label = K::kDistill ? t_label : -kInfinity;
+    row.student_cap = &task.student_cap;
+    row.teacher_cap = &task.teacher_cap;
+    if constexpr (!K::kWhole) {
+      row.s_label = capped(s_label, *row.student_cap);
+      row.t_label = capped(t_label, *row.teacher_cap);
+    }
     const std::int64_t label = wanted.label - slice.first;
     row.label = label >= 0 && label < slice.columns ? static_cast<int>(label) : -kChunk;
     row.student = slice.of(task, task.student, index);
-    row.teacher = slice.of(task, task.teacher, index);
+    row.teacher = teacher_of<K>(task, slice, index);
     const Side memory = want_grad ? slice.of(task, task.grad, index) : Side{};
     row.grad = memory;
     if (staged) {
-      const Stage room = stage_of(task, stage, row.student, row.teacher);
+      const Stage room = stage_of<K>(task, stage, row.student, row.teacher);
       row.student = room.student;
       row.teacher = room.teacher;
       row.grad = room.student;
@@ -235,7 +250,11 @@ KDK_DEVICE void distill_rows(const RowTask& task) {
     RowLoss terms{0, 0};
     if (wanted.read) {
       const Pass pass{want_grad && wanted.main, multiply({wanted.weight, 0}, mean.inverse)};
-      terms = evaluate<K>(task, row, pass, team, loaded);
+      if constexpr (K::kDivergence == Divergence::kKept) {
+        terms = evaluate_kept<K>(task, row, pass, team, loaded);
+      } else {
+        terms = evaluate<K>(task, row, pass, team, loaded);
+      }
     } else {
       loaded();
     }

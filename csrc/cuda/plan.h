@@ -11,6 +11,7 @@ namespace kdk {
 namespace gpu {
 
 constexpr int kMaxThreads = 32 * kMaxWarps;
+constexpr int kKeptRowBytes = 256;  // see kept_row.h
 
 struct Plan {
   int threads;       // of a block: 32 times a power of 2
@@ -19,6 +20,7 @@ struct Plan {
   int teams;         // in the grid
   int slice;         // columns of a block, a multiple of kChunk
   int stages;        // rows in shared memory at a time; 0: every sweep reads memory
+  int kept_bytes;    // of a block, where the teacher is sparse: a bit for each column, and KeptRow
   int shared_bytes;  // of a block
 };
 
@@ -33,7 +35,8 @@ struct Limits {
 
 // A row of one tensor in shared memory may begin anywhere within 16 bytes.
 inline std::int64_t stage_bytes(const DistillArgs& args, std::int64_t slice) {
-  return slice * (size_of(args.student.dtype) + size_of(args.teacher.dtype)) + 32;
+  const std::int64_t teacher = args.kept.count > 0 ? 0 : size_of(args.teacher.dtype);
+  return slice * (size_of(args.student.dtype) + teacher) + 32;
 }
 
 inline Plan plan_of(const DistillArgs& args, int team_blocks, bool clusters, int stages,
@@ -45,7 +48,10 @@ inline Plan plan_of(const DistillArgs& args, int team_blocks, bool clusters, int
   plan.stages = stages;
   plan.slice = static_cast<int>((slice + kChunk - 1) / kChunk * kChunk);
   plan.threads = plan.slice <= 1024 ? 128 : plan.slice <= 4096 ? 256 : max_threads;
-  plan.shared_bytes = static_cast<int>(sizeof(Exchange) + stages * stage_bytes(args, plan.slice));
+  const int left_out_bytes = (plan.slice / kChunk + 15) / 16 * 16;
+  plan.kept_bytes = args.kept.count > 0 ? left_out_bytes + kKeptRowBytes : 0;
+  plan.shared_bytes =
+      static_cast<int>(sizeof(Exchange) + stages * stage_bytes(args, plan.slice)) + plan.kept_bytes;
   return plan;
 }
 
@@ -77,8 +83,8 @@ Plan make_plan(const DistillArgs& args, const Limits& limits, const Resident& re
       if (const int teams = resident(plan)) return with_teams(plan, teams);
     }
   }
-  const std::int64_t row_bytes =
-      args.objective.vocab_size * (2 * size_of(args.student.dtype) + size_of(args.teacher.dtype));
+  const std::int64_t row_bytes = stage_bytes(args, args.objective.vocab_size) +
+                                 args.objective.vocab_size * size_of(args.student.dtype);
   int blocks = 1;
   while (2 * blocks <= std::min(kMaxTeamBlocks, limits.multiprocessors) &&
          limits.multiprocessors / blocks * row_bytes > limits.l2_bytes / 2) {

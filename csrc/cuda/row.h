@@ -18,7 +18,7 @@ KDK_DEVICE float sum_of_offsets(const Row& row, const Sums& sums, Team& team) {
   float offset[1] = {0};
   for_each_chunk(row.columns, [&](int column, int n) {
     float s[kChunk];
-    load_chunk<K::kWhole>(row.student, column, n, s);
+    load_side<K>(row.student, *row.student_cap, column, n, s);
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) offset[0] += i < n ? s[i] - sums.max_s : 0.0f;
   });
@@ -198,6 +198,12 @@ KDK_DEVICE Swept gradient_sweep(const RowTask& task, const Row& row, const RowFr
       for (int i = 0; i < kChunk; ++i) {
         if (column + i == row.label) parts[i] = label_gradient;
       }
+    }
+    if (!K::kWhole && changes(*row.student_cap)) {
+      float x[kChunk];
+      load_chunk<K::kWhole>(row.student, column, n, x);
+      KDK_UNROLL
+      for (int i = 0; i < kChunk; ++i) parts[i] *= cap_slope(x[i], *row.student_cap);
     }
     if (store) {
       store_chunk<K::kWhole>(row.grad, column, n, parts);

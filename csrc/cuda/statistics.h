@@ -15,7 +15,8 @@ template <Divergence kDivergence_, bool kDistill_, bool kHard_, bool kWhole_>
 struct Kind {
   static constexpr Divergence kDivergence = kDivergence_;
   static constexpr bool kDistill = kDistill_, kHard = kHard_;  // the terms
-  // Every chunk lies in shared memory, aligned and whole: see load_chunk.
+  // Every chunk lies in shared memory, aligned and whole: see load_chunk. And what lies there are
+  // logits, not projections that cap.h makes logits of.
   static constexpr bool kWhole = kWhole_;
 };
 
@@ -23,19 +24,34 @@ struct Kind {
 struct Row {
   std::int64_t index;
   int columns;            // of this block
-  int label;              // its column here; of another block: any other number
+  std::int64_t first;     // of these columns, in the row
+  int label;              // its column here; of another block: any negative number
   Side student, teacher;  // where to read
   Side grad;              // where to write, may be the student's
+  const Cap *student_cap, *teacher_cap;
   float s_label, t_label;
 };
+
+// A chunk's logits of one side.
+template <typename K>
+KDK_DEVICE void load_side(const Side& side, Cap cap, int column, int n, float (&out)[kChunk]) {
+  load_chunk<K::kWhole>(side, column, n, out);
+  if constexpr (!K::kWhole) {
+    if (!changes(cap)) return;
+    KDK_UNROLL
+    for (int i = 0; i < kChunk; ++i) {
+      if (i < n) out[i] = capped(out[i], cap);
+    }
+  }
+}
 
 // A chunk's logits; without a teacher t is −inf.
 template <typename K>
 KDK_DEVICE void load_logits(const Row& row, int column, int n, float (&s)[kChunk],
                             float (&t)[kChunk]) {
-  load_chunk<K::kWhole>(row.student, column, n, s);
+  load_side<K>(row.student, *row.student_cap, column, n, s);
   if constexpr (K::kDistill) {
-    load_chunk<K::kWhole>(row.teacher, column, n, t);
+    load_side<K>(row.teacher, *row.teacher_cap, column, n, t);
   } else {
     KDK_UNROLL
     for (int i = 0; i < kChunk; ++i) t[i] = -kInfinity;

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "common/cap.h"
 #include "common/pairs.h"
 #include "cuda/plan.h"
 
@@ -37,6 +38,9 @@ struct RowTask {
   TwoFloats smoothing;   // ε / V
   float smoothed_label;  // ε (1 − 1 / V)
   Plan plan;
+  Kept kept;  // instead of the teacher, where its count is not 0
+  Cap student_cap, teacher_cap;
+  Mixture mixture;
 };
 
 // All but the plan.
@@ -51,6 +55,9 @@ inline RowTask make_row_task(const DistillArgs& args, Scratch* scratch, std::int
   task.student = args.student;
   task.teacher = args.teacher;
   task.grad = args.grad;
+  task.kept = args.kept;
+  task.student_cap = make_cap(objective.student_scale, objective.student_cap);
+  task.teacher_cap = make_cap(objective.teacher_scale, objective.teacher_cap);
   task.labels = args.labels;
   task.weights = args.weights;
   task.scratch = scratch;
@@ -64,7 +71,7 @@ inline RowTask make_row_task(const DistillArgs& args, Scratch* scratch, std::int
   task.main = true;
   task.want_terms = objective.want_terms;
   task.power = small_power(objective.temperature);
-  const Mixture mixture = mixture_of(objective);
+  const Mixture mixture = task.mixture = mixture_of(objective);
   task.w_p = static_cast<float>(mixture.teacher);
   task.w_q = static_cast<float>(mixture.student);
   task.far_limit = static_cast<float>(far_limit(task.divergence, mixture.teacher, mixture.student));
@@ -86,7 +93,10 @@ inline RowTask make_row_task(const DistillArgs& args, Scratch* scratch, std::int
 // cross-entropy alone is among those of the forward KL.
 template <typename Call>
 auto with_divergence(const RowTask& task, const Call& call) {
-  switch (task.distill ? task.divergence : Divergence::kForwardKL) {
+  const bool kept = task.distill && task.kept.count > 0;
+  switch (kept ? Divergence::kKept : task.distill ? task.divergence : Divergence::kForwardKL) {
+    case Divergence::kKept:
+      return call(std::integral_constant<Divergence, Divergence::kKept>{});
     case Divergence::kReverseKL:
       return call(std::integral_constant<Divergence, Divergence::kReverseKL>{});
     case Divergence::kJSD:

@@ -1,8 +1,10 @@
 // csrc/cpu at every instruction-set level this processor has.
 #include <cstdio>
+#include <functional>
 #include <initializer_list>
 
 #include "cpu/cpu.h"
+#include "tests/kept_rows.h"
 #include "tests/rows.h"
 
 namespace {
@@ -11,6 +13,7 @@ using kdk::DistillArgs;
 using kdk::Divergence;
 using kdk::DType;
 using kdk::ScaleArgs;
+using kdk::test::test_kept_operator;
 using kdk::test::test_operators;
 
 constexpr int kThreads = 2;
@@ -46,6 +49,8 @@ int main() {
           level.distill_rows(args, kThreads);
         },
         [&](const ScaleArgs& args) { level.scale_rows(args, kThreads); }};
+    // Within a lane block, a whole one, two tiles with a tail.
+    test_kept_operator(operators.distill, {3, 64, 600});
     const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
     for (DType student : dtypes) {
       for (DType teacher : dtypes) {

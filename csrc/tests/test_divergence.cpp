@@ -6,36 +6,13 @@
 
 #include "check.h"
 #include "common/far.h"
+#include "definition.h"
 
 namespace {
 
 using kdk::Divergence;
-
-struct Exact {
-  long double term, slope;
-};
-
-// p f(q/p) and f'(q/p), with f(1) = f'(1) = 0; x = q/p.
-Exact definition(Divergence divergence, long double p, long double d, long double beta) {
-  const long double x = std::exp(d), y = std::expm1(d);
-  const long double w_p = divergence == Divergence::kSkewReverseKL ? 1 - beta : beta, w_q = 1 - w_p;
-  const long double log_mp = std::log1p(w_q * y);
-  switch (divergence) {
-    case Divergence::kForwardKL:
-      return {p * (y - d), 1 - 1 / x};
-    case Divergence::kReverseKL:
-      return {p * (x * d - y), d};
-    case Divergence::kTVD:
-      return {p * std::fabs(y) / 2, y > 0 ? 0.5L : -0.5L};
-    case Divergence::kJSD:
-      return {p * (w_q * x * (d - log_mp) - w_p * log_mp), w_q * (d - log_mp)};
-    case Divergence::kSkewForwardKL:
-      return {p * (w_q * y - log_mp), w_q - w_q / (w_p + w_q * x)};
-    case Divergence::kSkewReverseKL:
-      return {p * (x * (d - log_mp) - w_p * y), d - log_mp + 1 - w_q * x / (w_p + w_q * x) - w_p};
-  }
-  return {};
-}
+using kdk::test::definition;
+using kdk::test::Exact;
 
 template <Divergence kDivergence>
 void test_divergence(const char* name, float beta) {

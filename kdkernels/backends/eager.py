@@ -9,17 +9,20 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..kept import Kept
 from ..ops import check_labels
+from ..sources import Ensemble, LinearHead
 
 INF = float("inf")
 
 
 def distill(student, teacher, labels, weights, num_items, objective, want_terms):
-    """The loss of dense logits, in PyTorch's own autograd.
+    """The loss, in PyTorch's own autograd.
 
     Args:
-        student: logits (L, V_s) or (B, L, V_s), any floating dtype.
-        teacher: logits (L, V_t) or (B, L, V_t).
+        student: logits (L, V_s) or (B, L, V_s), any floating dtype, or `LinearHead`, whose logits
+            exist here.
+        teacher: logits (L, V_t) or (B, L, V_t), `LinearHead`, `Kept`, or `Ensemble` of those.
         labels: class ids, int64, a value for every row, or None; rows of `ignore_index` are 0 in
             every output.
         weights: a weight for every row, or None for 1.
@@ -38,7 +41,8 @@ def distill(student, teacher, labels, weights, num_items, objective, want_terms)
         rows = distill_rows(student, teacher, labels, weights, objective, want_terms)
         return rows[0] if objective.reduction == "none" else add_up(rows[0]), rows
     if weights is None:
-        weights = student.new_ones(student.shape[:-1], dtype=torch.float64)
+        leading = student.hidden if isinstance(student, LinearHead) else student
+        weights = leading.new_ones(leading.shape[:-1], dtype=torch.float64)
     if num_items is None:
         counted = weights
         if labels is not None:
@@ -59,9 +63,7 @@ def add_up(losses, scale=None):
 
 def distill_rows(student, teacher, labels, weights, objective, want_terms):
     """The rows of `distill`."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    s = student[..., : objective.vocab_size].to(dtype)
-    t = teacher[..., : objective.vocab_size].to(dtype)
+    s = logits(student, objective.vocab_size)
     zero = s.new_zeros(s.shape[:-1])
 
     # Rows that don't count are replaced, not multiplied by 0: nothing in them, NaN included, can
@@ -69,17 +71,16 @@ def distill_rows(student, teacher, labels, weights, objective, want_terms):
     counts = None if labels is None else labels != objective.ignore_index
     if counts is not None:
         s = torch.where(counts[..., None], s, 0.0)
-        t = torch.where(counts[..., None], t, 0.0)
         labels = torch.where(counts, labels, 0)
     if weights is not None:
-        weights = weights.to(dtype)
+        weights = weights.to(s.dtype)
         weighs = weights != 0
         s = torch.where(weighs[..., None], s, s.detach())
 
     distill = hard = zero
     loss = zero
     if objective.distill_weight or want_terms:
-        divergence = row_divergence(s, t, objective)
+        divergence = row_divergence(s, teacher, counts, objective)
         distill = divergence.detach() * objective.distill_scale
         if objective.distill_weight:
             loss = loss + objective.distill_weight * divergence
@@ -113,12 +114,74 @@ def log_softmax(x, temperature):
     return F.log_softmax((x - x.detach().amax(-1, keepdim=True)) / temperature, -1)
 
 
-def row_divergence(s, t, objective):
-    """D(softmax(t/T), softmax(s/T)): s, t (B, L, V) -> (B, L)."""
+def row_divergence(s, teacher, counts, objective):
+    """D(p, softmax(s/T)): s (B, L, V), counts (B, L) or None -> (B, L)."""
     log_q = log_softmax(s, objective.temperature)
-    log_p = log_softmax(t, objective.temperature)
+    if isinstance(teacher, Kept):
+        log_p, log_q = over_kept_classes(teacher, log_q)
+    else:
+        log_p = log_probabilities(teacher, counts, objective, s.dtype)
     return DIVERGENCE[objective.divergence](log_p, log_q, objective.beta)
 
+
+# ---- Sources -------------------------------------------------------------------------------------
+
+
+def logits(source, columns):
+    """The logits (B, L, columns) of a tensor or `LinearHead`, in at least float32."""
+    if isinstance(source, torch.Tensor):
+        return source[..., :columns].to(torch.promote_types(source.dtype, torch.float32))
+    bias = None if source.bias is None else source.bias[:columns]
+    x = F.linear(source.hidden, source.weight[:columns], bias)
+    x = x.to(torch.promote_types(x.dtype, torch.float32)) * source.logit_scale
+    return x if source.softcap is None else source.softcap * (x / source.softcap).tanh()
+
+
+def log_probabilities(teacher, counts, objective, dtype):
+    """log p (B, L, V) of a teacher; of anything where `counts` (B, L) is False."""
+    if isinstance(teacher, Kept):
+        return teacher.dense(objective.vocab_size, dtype)
+    if not isinstance(teacher, Ensemble):
+        t = logits(teacher, objective.vocab_size)
+        if counts is not None:
+            t = torch.where(counts[..., None], t, 0.0)
+        return log_softmax(t, objective.temperature)
+    total = None  # one member beside it at a time
+    for member, share in zip(teacher.teachers, teacher.shares(), strict=True):
+        if not share:
+            continue
+        log_p = log_probabilities(member, counts, objective, dtype)
+        if teacher.mean == "geometric":
+            log_p *= share
+            total = log_p if total is None else total.add_(log_p)
+        else:
+            log_p += math.log(share)
+            total = log_p if total is None else torch.logaddexp(total, log_p, out=total)
+    return log_softmax(total, 1.0) if teacher.mean == "geometric" else total
+
+
+def over_kept_classes(kept, log_q):
+    """log p and log q (B, L, K + 1) over the kept classes and the one that holds all others.
+
+    A teacher that gives the others no probability needs no more: a class without p adds to every
+    divergence in proportion to its q.
+    """
+    columns = log_q.shape[-1]
+    is_kept = torch.zeros(
+        (*kept.ids.shape[:-1], columns + 1), dtype=torch.bool, device=log_q.device
+    )
+    is_kept = is_kept.scatter(-1, kept.ids, True)[..., :columns]
+    others = log_q.masked_fill(is_kept, -INF)
+    none = (others == -INF).all(-1, keepdim=True)  # a log 0 has no derivative to give
+    rest = torch.where(none, 0.0, others).logsumexp(-1, keepdim=True).masked_fill(none, -INF)
+    present = kept.ids < columns
+    rest = torch.where(present.any(-1, keepdim=True), rest, 0.0)  # all of it, exactly
+    log_q = log_q.gather(-1, kept.ids.clamp(max=columns - 1)).masked_fill(~present, -INF)
+    log_p = torch.cat([kept.log_p, kept.log_rest[..., None]], -1).to(log_q.dtype)
+    return log_p, torch.cat([log_q, rest], -1)
+
+
+# ---- Divergences ---------------------------------------------------------------------------------
 
 # Each takes the teacher's log p and the student's log q (B, L, V), and beta.
 

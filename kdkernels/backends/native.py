@@ -55,6 +55,13 @@ def _rows(x):
     return x.data_ptr(), DTYPES[x.dtype], *ops.strides(x)
 
 
+def _teacher(tensors):
+    """What `ops` takes a teacher as: its rows and None, or None and the fields of `Kept`."""
+    if len(tensors) == 1:
+        return _rows(*tensors), None
+    return None, (tensors[0].shape[-1], *map(_pointer, tensors))
+
+
 def _pointer(x):
     return 0 if x is None else x.data_ptr()
 
@@ -72,7 +79,7 @@ def operators(distill, scale):
             student.device,
             ops.sizes(student),
             _rows(student),
-            _rows(teacher),
+            *_teacher(teacher),
             None if grad is None else _rows(grad),
             tuple(map(_pointer, (labels, weights, num_items))),
             tuple(map(_pointer, losses)),

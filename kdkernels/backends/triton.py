@@ -164,6 +164,17 @@ def _power_of_2(x):
 # ---- A row's constants ---------------------------------------------------------------------------
 
 
+class Cap(NamedTuple):
+    """What makes logits of a projection: see arithmetic.py."""
+
+    scale: float
+    cap: float
+    rate: float
+
+
+NO_CAP = Cap(1.0, 0.0, 0.0)
+
+
 class Task(NamedTuple):
     """csrc/cuda/task.h: RowTask. Pairs of floats for what one float is too short for.
 
@@ -197,6 +208,8 @@ class Task(NamedTuple):
     smoothing: float  # ε / V
     smoothing_lo: float
     smoothed_label: float  # ε (1 − 1 / V)
+    student_cap: Cap
+    teacher_cap: Cap
 
 
 def _split(x):
@@ -236,6 +249,10 @@ def _far_offset(divergence, w_q):
     return -math.log2(w_q) - math.log2(math.e) if divergence == "skew_reverse_kl" else 0.0
 
 
+def _cap(scale, cap):
+    return Cap(scale, cap, scale / cap if cap else 0.0)
+
+
 def make_task(objective, want_terms):
     divergence, columns = objective.divergence, objective.vocab_size
     w_p, w_q = _weights(divergence, objective.beta)
@@ -272,6 +289,8 @@ def make_task(objective, want_terms):
         smoothing=smoothing,
         smoothing_lo=smoothing_lo,
         smoothed_label=objective.label_smoothing * (1 - 1 / max(columns, 1)),
+        student_cap=_cap(objective.student_scale, objective.student_cap),
+        teacher_cap=_cap(objective.teacher_scale, objective.teacher_cap),
     )
 
 
@@ -321,6 +340,21 @@ def _compute(student, teacher, labels, weights, num_items, grad, want_terms, opt
         return _launch(student, teacher, labels, weights, num_items, grad, want_terms, options)
 
 
+def _plan(student, teacher, columns):
+    """`teacher`: logits, or None for what is sparse, of which a program takes a row at a time."""
+    batch, length, width = ops.sizes(student)
+    if width >= MAX_COLUMNS:
+        raise ValueError(
+            f"backend 'triton' takes less than 2^30 columns, got student logits of {width}"
+        )
+    rows = batch * length
+    elements = [2 * student.element_size(), 0 if teacher is None else teacher.element_size()]
+    plan = make_plan(device_of(student.device), rows, columns, columns * sum(elements))
+    if teacher is not None:
+        return plan
+    return plan._replace(rows=1, held=False, teams=plan.teams if plan.programs > 1 else rows)
+
+
 def _launch(student, teacher, labels, weights, num_items, grad, want_terms, options):
     from . import triton_kernels as kernels
 
@@ -329,14 +363,9 @@ def _launch(student, teacher, labels, weights, num_items, grad, want_terms, opti
     device, half = student.device, student.dtype == torch.float16
     on_cpu = device.type == "cpu"
     flag = torch.zeros((), dtype=torch.int64) if on_cpu else bad_labels.raise_earlier(device)
+    logits, kept = (teacher[0], None) if len(teacher) == 1 else (None, teacher)
+    plan = _plan(student, logits, columns)
     batch, length, width = ops.sizes(student)
-    if width >= MAX_COLUMNS:
-        raise ValueError(
-            f"backend 'triton' takes less than 2^30 columns, got student logits of {width}"
-        )
-    row_bytes = columns * (2 * student.element_size() + teacher.element_size())
-    plan = make_plan(device_of(device), batch * length, columns, row_bytes)
-    whole, strides = _strides(student, teacher, student if grad is None else grad)
     loss, unscale, row_losses = losses = ops.new_losses(student)
     mean = student.new_empty(3, dtype=torch.float32)
     arrivals = student.new_empty((2, MAX_TEAMS), dtype=torch.int32)  # a launch each
@@ -355,10 +384,7 @@ def _launch(student, teacher, labels, weights, num_items, grad, want_terms, opti
     )
     launches = _launches(objective, labels is not None, want_terms)
     for number, (task, distill, hard) in enumerate(launches):
-        kernels.distill_rows[(plan.teams * plan.programs,)](
-            task,
-            student,
-            teacher,
+        rows = (
             grad if task.main else None,
             labels,
             weights,
@@ -373,22 +399,50 @@ def _launch(student, teacher, labels, weights, num_items, grad, want_terms, opti
             width,
             columns,
             ignore_index,
-            *strides,
+        )
+        compiled_for = dict(
             DIVERGENCE=DIVERGENCES.index(objective.divergence),
-            DISTILL=distill,
             HARD=hard,
-            ROWS=plan.rows,
             CHUNKS=plan.chunks,
-            WHOLE=whole,
-            HELD=plan.held,
             PROGRAMS=plan.programs,
+            PROJECTED=task.student_cap != NO_CAP or task.teacher_cap != NO_CAP,
             **options_of(device_of(device), plan),
         )
+        written = student if grad is None else grad
+        grid = (plan.teams * plan.programs,)
+        if kept is not None and distill:
+            whole, strides = _strides(student, written)
+            count = kept[0].shape[-1]
+            kernel = kernels.distill_kept_rows[grid]
+            inputs = task, student, *_kept(kept, objective.temperature)
+            rows = *rows, count
+            compiled_for |= dict(
+                TWO=hard and objective.temperature != 1, KEPT=max(8, _power_of_2(count))
+            )
+        else:
+            dense = student if logits is None else logits  # not read for the cross-entropy alone
+            whole, strides = _strides(student, dense, written)
+            kernel, inputs = kernels.distill_rows[grid], (task, student, dense)
+            compiled_for |= dict(DISTILL=distill, ROWS=plan.rows, HELD=plan.held)
+        kernel(*inputs, *rows, *strides, WHOLE=whole, **compiled_for)
     kernels.finish[(1,)](row_losses, mean, loss, None if half else unscale, batch * length)
     if on_cpu and flag:
         row = flag.item() - 1
         raise IndexError(ops.bad_label_message(labels, row, ignore_index, columns))
     return losses
+
+
+def _kept(fields, temperature):
+    """What distill_kept_rows takes of a sparse teacher: ids, and in pairs of floats log p, T log p
+    and the log-probability of the rest."""
+    ids, log_p, log_rest = fields
+    return ids, _pairs(log_p), _pairs(log_p * temperature), _pairs(log_rest)
+
+
+def _pairs(x):
+    """float64 (...) as two floats: float32 (2, ...)."""
+    hi = x.float()
+    return torch.stack([hi, (x - hi).float().nan_to_num_(nan=0.0)])
 
 
 def _scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):

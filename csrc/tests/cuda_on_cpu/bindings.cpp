@@ -8,13 +8,15 @@ namespace {
 using PyDevice = std::tuple<int, int, int, int, std::int64_t>;
 
 std::int64_t distill_rows(const kdk::PySizes& sizes, const kdk::PyRows& student,
-                          const kdk::PyRows& teacher, const std::optional<kdk::PyRows>& grad,
-                          const kdk::PyPointers& inputs, const kdk::PyPointers& outputs,
-                          bool want_terms, const kdk::PyOptions& options, const PyDevice& device,
+                          const std::optional<kdk::PyRows>& teacher,
+                          const std::optional<kdk::PyKept>& kept,
+                          const std::optional<kdk::PyRows>& grad, const kdk::PyPointers& inputs,
+                          const kdk::PyPointers& outputs, bool want_terms,
+                          const kdk::PyOptions& options, const PyDevice& device,
                           std::uint64_t seed) {
   const auto& [shared_bytes, of_two, cluster_blocks, multiprocessors, l2_bytes] = device;
   return kdk::gpu::distill_rows_on_cpu(
-      kdk::distill_args(sizes, student, teacher, grad, inputs, outputs, want_terms, options),
+      kdk::distill_args(sizes, student, teacher, kept, grad, inputs, outputs, want_terms, options),
       {shared_bytes, of_two, cluster_blocks, multiprocessors, l2_bytes}, seed);
 }
 

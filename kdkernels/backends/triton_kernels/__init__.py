@@ -4,7 +4,8 @@ The same mathematics as csrc/common, in the same words, on tiles of rows x chunk
 """
 
 from .distill import distill_rows
+from .kept import distill_kept_rows
 from .reduce import finish, prepare, scale_rows
 from .team import FIELDS
 
-__all__ = ["FIELDS", "distill_rows", "finish", "prepare", "scale_rows"]
+__all__ = ["FIELDS", "distill_kept_rows", "distill_rows", "finish", "prepare", "scale_rows"]

@@ -11,6 +11,9 @@ import triton.language as tl
 
 INFINITY = tl.constexpr(float("inf"))
 LOG2 = tl.constexpr(0.6931471824645996)  # log 2 as a float
+LOG2_LO = tl.constexpr(-1.9046542121259336e-9)
+HALF_LOG2_SQUARED = tl.constexpr(0.24022650718688965)
+HALF_LOG2_SQUARED_LO = tl.constexpr(-2.277889404878053e-10)
 LOG2E = tl.constexpr(1.4426950216293335)  # log2 e in two floats: the rate of e^x
 LOG2E_LO = tl.constexpr(1.925963033500011e-8)
 # Adding 1.5 · 2^23 rounds to an integer n; adding the exponent bias as well leaves n + 127 in the
@@ -93,6 +96,29 @@ def exp_exact(x, x_lo, rate, rate_lo):
     return tl.where(shifted < 12582913.0, 0.0, y)
 
 
+@triton.jit
+def exp_pair(x, x_lo, rate, rate_lo):
+    """e^{(x + x_lo) / T} for x <= 0 in two floats, to 2^-32 of it; 0 where it is subnormal."""
+    y = two_product(x, rate)
+    n = (y.hi + SHIFT) - SHIFT
+    f = pair(y.hi - n, y.lo + (x * rate_lo + x_lo * rate))
+    # 2^f = 1 + log 2 · f + log² 2 / 2 · f² + …, the first three terms in two floats.
+    t = f.hi * 1.0178086e-7 + 1.3215487e-6
+    t = t * f.hi + 1.5252734e-5
+    t = t * f.hi + 1.5403530e-4
+    t = t * f.hi + 1.3333558e-3
+    t = t * f.hi + 9.6181291e-3
+    t = t * f.hi + 5.5504109e-2
+    t = t * f.hi * f.hi * f.hi
+    linear = multiply(f, TwoFloats(LOG2, LOG2_LO))
+    square = multiply(multiply(f, f), TwoFloats(HALF_LOG2_SQUARED, HALF_LOG2_SQUARED_LO))
+    total = add(add(TwoFloats(1.0 + 0.0 * t, 0.0 * t), linear), square)
+    total = add(total, TwoFloats(t, 0.0 * t))
+    power = ((n + SHIFT).to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    there = y.hi > -125.0
+    return TwoFloats(tl.where(there, total.hi * power, 0.0), tl.where(there, total.lo * power, 0.0))
+
+
 class Logarithm(NamedTuple):
     """log x = exponent · log 2 + of_fraction."""
 
@@ -143,6 +169,16 @@ def log_ratio(a, b):
     return pair(
         log.exponent * 6.93145752e-1, log.exponent * 1.42860677e-6 + (log.of_fraction + lost)
     )
+
+
+@triton.jit
+def log_pair(x):
+    """log x of x = hi + lo in two floats, absolute error about 2^-32, for normal x >= 1."""
+    near = log_of(x.hi)
+    e = exp_pair(-near, 0.0 * near, LOG2E, LOG2E_LO)
+    rest = two_product(x.hi, e.hi)
+    rest = (rest.hi - 1.0) + (rest.lo + (x.hi * e.lo + x.lo * e.hi))
+    return pair(near, rest - 0.5 * rest * rest)
 
 
 @triton.jit
@@ -218,3 +254,44 @@ def some(flag, ROWS: tl.constexpr):
         return flag
     else:
         return tl.max(flag.to(tl.int32)) > 0
+
+
+class Cap(NamedTuple):
+    """Logits that come as a projection x: z = cap tanh(rate x) with rate = scale / cap, or
+    scale · x where cap is 0."""
+
+    scale: tl.tensor
+    cap: tl.tensor
+    rate: tl.tensor
+
+
+class Tanh(NamedTuple):
+    value: tl.tensor
+    slope: tl.tensor  # 1 − tanh²(u), not as a difference
+
+
+@triton.jit
+def tanh_of(u):
+    size = tl.abs(u)
+    e = tl.exp2(size * (-2.0 * LOG2E))
+    inverse = 1.0 / (1.0 + e)
+    u2 = u * u
+    # For |u| < ¼ the series, to u^9: 1e-8 of it is missing.
+    y = u2 * 2.1869488e-2 - 5.3968254e-2
+    y = y * u2 + 1.3333334e-1
+    y = y * u2 - 3.3333334e-1
+    near = u + u * u2 * y
+    far = (1.0 - e) * inverse
+    far = tl.where(u < 0.0, -far, far)
+    return Tanh(tl.where(size < 0.25, near, far), 4.0 * e * inverse * inverse)
+
+
+@triton.jit
+def capped(x, cap):
+    return tl.where(cap.cap == 0.0, x * cap.scale, cap.cap * tanh_of(x * cap.rate).value)
+
+
+@triton.jit
+def cap_slope(x, cap):
+    """dz/dx"""
+    return cap.scale * tl.where(cap.cap == 0.0, 1.0, tanh_of(x * cap.rate).slope)

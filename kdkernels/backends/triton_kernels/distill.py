@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import INFINITY, TwoFloats, log1p_of, log_ratio, multiply, some
+from .arithmetic import INFINITY, TwoFloats, capped, log1p_of, log_ratio, multiply, some
 from .divergence import (
     FAR_SLOPE,
     FORWARD_KL,
@@ -179,11 +179,14 @@ def rows_at(
         s_label = tl.load(from_student + label, mask=read, other=-INFINITY).to(tl.float32)
         if kind.DISTILL:
             t_label = tl.load(from_teacher + label, mask=read, other=-INFINITY).to(tl.float32)
+        if kind.PROJECTED:
+            s_label = tl.where(read, capped(s_label, task.student_cap), -INFINITY)
+            t_label = tl.where(read, capped(t_label, task.teacher_cap), -INFINITY)
     s = s_label
     t = t_label
     if kind.HELD:
         column = columns_from(begin, kind.CHUNKS)
-        s, t = load_tile(from_student, from_teacher, read, column, end, kind)
+        s, t = load_tile(task, from_student, from_teacher, read, column, end, kind)
     return Row(
         index,
         inside,
@@ -262,6 +265,30 @@ class Strides(NamedTuple):
     grad_l: tl.tensor
 
 
+@triton.jit
+def store_losses(
+    task, row, row_losses, unscale, bad_label, count, distill, hard, remaining, team, kind
+):
+    """The row's losses, by the first of its programs; remaining: 1 / the scale of a float16 row."""
+    writes = tl.where(team.rank == 0, row.inside, False)
+    place = row_losses + row.index
+    if task.main != 0.0:
+        loss = tl.zeros_like(distill)
+        if kind.DISTILL:
+            loss += task.distill_weight * distill
+        if kind.HARD:
+            loss += task.hard_weight * hard
+        loss = tl.where(row.main, row.weight * loss, 0.0)
+        tl.store(place, tl.where(row.bad, float("nan"), loss), mask=writes)
+        if kind.HALF:
+            tl.store(unscale + row.index, remaining, mask=writes)
+    if kind.DISTILL or task.others == 0.0:
+        tl.store(place + count, distill * task.distill_scale, mask=writes)
+    if kind.HARD or task.others == 0.0:
+        tl.store(place + 2 * count, hard, mask=writes)
+    tl.store(bad_label + row.index * 0, row.index + 1, mask=writes & row.bad)
+
+
 @triton.jit(do_not_specialize=[*Sizes._fields, *Strides._fields])
 def distill_rows(
     task,  # triton.py: Task; no integers, of which there would be a kernel for each of some values
@@ -295,11 +322,22 @@ def distill_rows(
     WHOLE: tl.constexpr,
     HELD: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PROJECTED: tl.constexpr,
 ):
     GRADIENT: tl.constexpr = grad is not None
     HALF: tl.constexpr = student.dtype.element_ty == tl.float16
     kind: tl.constexpr = Kind(
-        DIVERGENCE, DISTILL, HARD, GRADIENT, HALF, ROWS, CHUNKS, WHOLE, HELD, PROGRAMS
+        DIVERGENCE,
+        DISTILL,
+        HARD,
+        GRADIENT,
+        HALF,
+        ROWS,
+        CHUNKS,
+        WHOLE,
+        HELD,
+        PROGRAMS,
+        PROJECTED,
     )
     sizes = Sizes(rows, length, width, columns, ignore_index)
     strides = Strides(
@@ -340,22 +378,7 @@ def distill_rows(
             kind,
         )
         distill, hard, prescale, team = evaluate(task, sizes, row, inverse, team, kind)
-        writes = tl.where(rank == 0, row.inside, False)
-        place = row_losses + row.index
-        if task.main != 0.0:
-            loss = tl.zeros_like(distill)
-            if DISTILL:
-                loss += task.distill_weight * distill
-            if HARD:
-                loss += task.hard_weight * hard
-            loss = tl.where(row.main, row.weight * loss, 0.0)
-            tl.store(place, tl.where(row.bad, float("nan"), loss), mask=writes)
-            if HALF:
-                remaining = tl.where(empty, 0.0, tl.div_rn(1.0, prescale))
-                tl.store(unscale + row.index, remaining, mask=writes)
-        if DISTILL or task.others == 0.0:
-            tl.store(place + count, distill * task.distill_scale, mask=writes)
-        if HARD or task.others == 0.0:
-            tl.store(place + 2 * count, hard, mask=writes)
-        if labels is not None:
-            tl.store(bad_label + row.index * 0, row.index + 1, mask=writes & row.bad)
+        remaining = tl.where(empty, 0.0, tl.div_rn(1.0, prescale))
+        store_losses(
+            task, row, row_losses, unscale, bad_label, count, distill, hard, remaining, team, kind
+        )

@@ -16,6 +16,7 @@ from .arithmetic import (
     TwoFloats,
     add,
     anchor,
+    cap_slope,
     divide,
     exp_exact,
     exp_of,
@@ -50,13 +51,13 @@ def hard_normaliser(row, sums):
 
 
 @triton.jit
-def sum_of_offsets(row, sums, team, kind):
+def sum_of_offsets(task, row, maximum, team, kind):
     """Σ (s − max_s), where labels are smoothed."""
     lanes = tl.zeros((kind.ROWS, kind.CHUNKS, 1), tl.float32)
     for start in range(row.begin, row.end, kind.CHUNKS * 8):
         column = columns_from(start, kind.CHUNKS)
-        s, _ = logits(row, column, kind)
-        offset = tl.where(column < row.end, s - sums.max_s, 0.0)
+        s, _ = logits(task, row, column, kind)
+        offset = tl.where(column < row.end, s - maximum, 0.0)
         lanes += tl.sum(offset, 2, keep_dims=True)
     return team_sum(row_sum(lanes, kind.ROWS), team, kind)
 
@@ -69,7 +70,7 @@ def cross_entropy(task, row, sums, team, kind):
     log_z = log_of(hard_normaliser(row, sums))
     loss = tl.where(x_label == 0.0, log1p_of(sums.z_rest), log_z - x_label)
     if task.label_smoothing != 0.0:
-        offset, team = sum_of_offsets(row, sums, team, kind)
+        offset, team = sum_of_offsets(task, row, sums.max_s, team, kind)
         uniform = log_z - offset / task.classes
         smoothing = task.label_smoothing
         # All of it on the uniform target, the label's loss may be infinite and does not count.
@@ -97,7 +98,7 @@ def normaliser_difference(task, row, sums, team, kind):
     frame = Frame(sums.max_s, sums.max_t, 1.0, 1.0, 0.0, 0.0)
     lanes = tl.zeros((kind.ROWS, kind.CHUNKS, 1), tl.float32)
     for start in range(row.begin, row.end, kind.CHUNKS * 8):
-        s, t = logits(row, columns_from(start, kind.CHUNKS), kind)
+        s, t = logits(task, row, columns_from(start, kind.CHUNKS), kind)
         difference = element_of(task, s, t, frame).difference
         lanes += tl.sum(difference, 2, keep_dims=True)
     return team_sum(row_sum(lanes, kind.ROWS), team, kind)
@@ -116,7 +117,7 @@ def mean_slope(task, row, frame, team, kind):
     mass = TwoFloats(wide, wide)
     slope = TwoFloats(wide, wide)
     for start in range(row.begin, row.end, kind.CHUNKS * 8):
-        s, t = logits(row, columns_from(start, kind.CHUNKS), kind)
+        s, t = logits(task, row, columns_from(start, kind.CHUNKS), kind)
         x = element_of(task, s, t, frame)
         of = contribution(x, task.w_p, task.w_q, kind.DIVERGENCE)
         lanes += tl.sum(of.term, 2, keep_dims=True)
@@ -147,7 +148,7 @@ def far_mean_slope(task, row, sums, log, kl, team, kind):
     from_q = lanes
     balance = balance_of(task, sums)
     for start in range(row.begin, row.end, kind.CHUNKS * 8):
-        s, t = logits(row, columns_from(start, kind.CHUNKS), kind)
+        s, t = logits(task, row, columns_from(start, kind.CHUNKS), kind)
         x = s - sums.max_s
         y = t - sums.max_t
         # Beyond the columns, and where both sides rule a class out, x − y would be no number.
@@ -270,7 +271,7 @@ def sweep(
     STAGES: tl.constexpr = 1 if NEAR else 3
     for start in tl.range(row.begin, row.end, kind.CHUNKS * 8, num_stages=STAGES):
         column = columns_from(start, kind.CHUNKS)
-        s, t = logits(row, column, kind)
+        s, t = logits(task, row, column, kind)
         x = s - sums.max_s
         part = tl.zeros_like(s)
         e_s = part
@@ -295,6 +296,10 @@ def sweep(
             at_label = column == row.label
             of_class = shares.hard * e - shares.smoothing
             part += tl.where(at_label, shares.label, of_class)
+        if kind.PROJECTED:
+            mask = tl.where(row.read, inside(column, row.end, kind.WHOLE), False)
+            x = tl.load(row.student + column, mask=mask, other=0.0).to(tl.float32)
+            part *= cap_slope(x, task.student_cap)
         part = tl.where(fill == 1.0, part, fill)
         part = tl.where(column < row.end, part, 0.0)
         if STORE:

@@ -15,6 +15,7 @@ from .arithmetic import (
     LOG2E,
     LOG2E_LO,
     anchor,
+    capped,
     exp_exact,
     exp_of,
     row_max,
@@ -44,6 +45,7 @@ class Kind(NamedTuple):
     WHOLE: tl.constexpr
     HELD: tl.constexpr  # one tile holds all of a row, which is read once
     PROGRAMS: tl.constexpr  # that share a row
+    PROJECTED: tl.constexpr  # logits come as projections that Cap makes logits of
 
 
 class Row(NamedTuple):
@@ -100,25 +102,32 @@ def inside(column, end, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(student, teacher, read, column, end, kind):
-    """Logits (R, C, 8), −inf beyond the columns and in rows that are not read."""
+def load_side(start, cap, read, column, end, kind):
+    """Logits (R, C, 8) of one side, −inf beyond the columns and in rows that are not read."""
     mask = tl.where(read, inside(column, end, kind.WHOLE), False)
-    s = tl.load(student + column, mask=mask, other=-INFINITY).to(tl.float32)
+    x = tl.load(start + column, mask=mask, other=-INFINITY).to(tl.float32)
+    if kind.PROJECTED:
+        x = tl.where(mask, capped(x, cap), -INFINITY)
+    if kind.WHOLE:
+        x = tl.where(column < end, x, -INFINITY)
+    return x
+
+
+@triton.jit
+def load_tile(task, student, teacher, read, column, end, kind):
+    s = load_side(student, task.student_cap, read, column, end, kind)
     t = tl.full(s.shape, -INFINITY, tl.float32)
     if kind.DISTILL:
-        t = tl.load(teacher + column, mask=mask, other=-INFINITY).to(tl.float32)
-    if kind.WHOLE:
-        s = tl.where(column < end, s, -INFINITY)
-        t = tl.where(column < end, t, -INFINITY)
+        t = load_side(teacher, task.teacher_cap, read, column, end, kind)
     return s, t
 
 
 @triton.jit
-def logits(row, column, kind):
+def logits(task, row, column, kind):
     if kind.HELD:
         return row.s, row.t
     else:
-        return load_tile(row.student, row.teacher, row.read, column, row.end, kind)
+        return load_tile(task, row.student, row.teacher, row.read, column, row.end, kind)
 
 
 class Sums(NamedTuple):
@@ -193,7 +202,7 @@ def scan(task, row, max_s, max_t, EXACT: tl.constexpr, kind):
     STAGES: tl.constexpr = 1 if EXACT else 3
     for start in tl.range(row.begin, row.end, kind.CHUNKS * 8, num_stages=STAGES):
         column = columns_from(start, kind.CHUNKS)
-        s, t = logits(row, column, kind)
+        s, t = logits(task, row, column, kind)
         if kind.HARD:
             label = column == row.label
             s = tl.where(label, -INFINITY, s)

@@ -1,0 +1,419 @@
+"""Rows in chunks, where predictions are no logits yet: project → the row operator → products.
+
+What exists of logits at a time is a chunk of rows: (n, V) of the student, whose gradient replaces
+them in place, and (n, V) of the teacher. With a student that is a `LinearHead` the gradient takes
+four matrix products in all, one each for the student's logits, the teacher's, and the gradients of
+hidden states and weight.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import ops
+from .backends import eager
+from .kept import Kept
+from .sources import Ensemble, LinearHead
+
+# The rule for a chunk's rows: as many as fit these bytes of logits, but no fewer than keep a matrix
+# product efficient. Every chunk reads and writes all of the weight's gradient: on a GPU, whose
+# products are fast, that has to be rare.
+CHUNK_BYTES = {"cpu": 2**27}
+DEFAULT_CHUNK_BYTES = 2**29
+MIN_CHUNK_ROWS = 128
+BLOCK = 1024  # rows of a weight at a time, where they have to be converted for a product
+FIRST_ROWS = 64  # of a gradient that is rounded in place
+
+
+class Chunk(NamedTuple):
+    index: tuple  # of the leading dimensions
+    shape: tuple  # what these become
+    begin: int  # the same of the flattened rows
+    end: int
+
+
+def chunk_rows(student, teacher, columns):
+    """Rows of logits that exist at a time."""
+    sources = [student, *(teacher.teachers if isinstance(teacher, Ensemble) else [teacher])]
+    heads = [x for x in sources if isinstance(x, LinearHead)]
+    if chosen := [head.chunk_rows for head in heads if head.chunk_rows is not None]:
+        return min(chosen)
+    row_bytes = sum(columns * logits_dtype(head.hidden).itemsize for head in heads)
+    if isinstance(teacher, Ensemble):
+        row_bytes += 3 * columns * 4  # a member's logits and log-probabilities, and the mean
+    device = student.hidden.device if isinstance(student, LinearHead) else student.device
+    budget = CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES)
+    return max(budget // max(row_bytes, 1), MIN_CHUNK_ROWS)
+
+
+def chunks(shape, rows):
+    """Cuts leading dimensions (L) or (B, L) into chunks of up to `rows` rows."""
+    *batch, length = shape
+    if not batch:
+        for begin in range(0, length, rows):
+            end = min(begin + rows, length)
+            yield Chunk((slice(begin, end),), (end - begin,), begin, end)
+    elif length <= rows:
+        step = rows // max(length, 1)
+        for begin in range(0, batch[0], step):
+            end = min(begin + step, batch[0])
+            shape = end - begin, length
+            yield Chunk((slice(begin, end),), shape, begin * length, end * length)
+    else:
+        for b in range(batch[0]):
+            for begin in range(0, length, rows):
+                end = min(begin + rows, length)
+                index, shape = (slice(b, b + 1), slice(begin, end)), (1, end - begin)
+                yield Chunk(index, shape, b * length + begin, b * length + end)
+
+
+def with_heads(objective, student, teacher):
+    """The objective of row operators that read the projections of heads."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if isinstance(x, LinearHead):
+            scale, cap = f"{name}_scale", f"{name}_cap"
+            objective = replace(objective, **{scale: x.logit_scale, cap: x.softcap or 0.0})
+    return objective
+
+
+# ---- Products -----------------------------------------------------------------------------------
+
+
+# A CPU without instructions for bfloat16 multiplies floats tens of times as fast.
+CPU_HAS_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+
+
+def _converts(x):
+    """Whether halves are made floats before a product: they have to be for what float16 cannot
+    hold, the sums of a gradient, and on most CPUs it is faster."""
+    if x.device.type != "cpu":
+        return x.dtype == torch.float16 and not _widens(x.device)
+    return x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16)
+
+
+def _widens(device):
+    """Whether a product of halves can be had in the float32 it is added up in."""
+    return device.type == "cuda" and not torch.version.hip
+
+
+def logits_dtype(hidden):
+    """What a head's logits come in."""
+    wide = hidden.dtype == torch.float16 or _converts(hidden)
+    return torch.float32 if wide else hidden.dtype
+
+
+class Projection:
+    """The products of a head, a chunk of rows at a time."""
+
+    def __init__(self, head, columns, rows):
+        self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])  # (N, H)
+        self.weight = head.weight[:columns]  # (V, H)
+        self.bias = None if head.bias is None else head.bias[:columns]
+        dtype = logits_dtype(self.hidden)
+        self.block = None
+        if _converts(self.hidden):
+            self.block = torch.empty_like(self.weight[:BLOCK], dtype=dtype)
+            self.hidden = self.hidden.to(dtype)
+            self.bias = None if self.bias is None else self.bias.to(dtype)
+        self.wide = self.hidden.dtype != dtype  # the product's own: see _widens
+        rows = min(rows, self.hidden.shape[0])
+        self.buffer = self.hidden.new_empty((rows, columns), dtype=dtype)
+
+    def blocks(self):
+        """(columns, rows of the weight for a product), one after the other."""
+        if self.block is None:
+            yield slice(None), self.weight
+            return
+        for begin in range(0, len(self.weight), BLOCK):
+            part = self.weight[begin : begin + BLOCK]
+            yield slice(begin, begin + len(part)), self.block[: len(part)].copy_(part)
+
+    def logits(self, chunk):
+        """(…, V), before scale and cap, in a buffer that the next chunk takes over."""
+        logits = self.buffer[: chunk.end - chunk.begin]
+        hidden = self.hidden[chunk.begin : chunk.end]
+        for columns, weight in self.blocks():
+            out = logits[:, columns]
+            if self.wide:
+                torch.ops.aten.mm.dtype_out(hidden, weight.T, out.dtype, out=out)
+                out += 0 if self.bias is None else self.bias
+            elif self.bias is None:
+                torch.mm(hidden, weight.T, out=out)
+            else:
+                torch.addmm(self.bias[columns], hidden, weight.T, out=out)
+        return logits.view(*chunk.shape, -1)
+
+    def of_gradient(self, grad, out):
+        """out (n, H) = grad (n, V) · weight."""
+        out.zero_()
+        for columns, weight in self.blocks():
+            add_product(out, grad[:, columns], weight, 1.0)
+
+
+class WeightGradient:
+    """A gradient (V_s, H) that is added up over chunks, for the V rows of the weight that are used.
+
+    The float32 sums of a gradient in halves lie in its own memory, half of them, and in as much
+    again; they become the gradient there a block of rows at a time.
+    """
+
+    def __init__(self, gradient, rest, columns):
+        self.gradient = gradient  # (V_s, H)
+        self.rest = rest  # (V − V / 2, H) float32, or None: the sums are the gradient
+        self.columns = columns
+
+    @classmethod
+    def zeros(cls, weight, columns, dtype):
+        rest = None
+        if dtype != weight.dtype:
+            rest = weight.new_zeros((columns - columns // 2, weight.shape[1]), dtype=dtype)
+        return cls(weight.new_zeros(weight.shape), rest, columns)
+
+    def sums(self):
+        """Blocks of rows of the sums, in order."""
+        if self.rest is None:
+            return [self.gradient[: self.columns]]
+        rows, width = self.columns // 2, self.gradient.shape[1]
+        within = self.gradient.view(-1)[: 2 * rows * width].view(self.rest.dtype)
+        return [within.view(rows, width), self.rest]
+
+    def add(self, a, b, factor):
+        """sums += factor · a b: a (V, n), b (n, H)."""
+        begin = 0
+        for sums in self.sums():
+            add_product(sums, a[begin : begin + len(sums)], b, factor)
+            begin += len(sums)
+
+    def times(self, factor, inplace):
+        """The gradient, times a factor (); in place nothing is left of the sums."""
+        gradient = self.gradient if inplace else torch.zeros_like(self.gradient)
+        *within, rest = self.sums()
+        begin = 0
+        for sums in within:
+            # The first rows by a copy; then every row goes where sums were that are done with.
+            end = min(len(sums), FIRST_ROWS)
+            gradient[:end] = sums[:end] * factor
+            while end < len(sums):
+                begin, end = end, min(2 * end, len(sums))
+                torch.mul(sums[begin:end], factor, out=gradient[begin:end])
+            begin = len(sums)
+        torch.mul(rest, factor, out=gradient[begin : self.columns])
+        gradient[self.columns :].zero_()
+        return gradient
+
+
+class HeadGradients(NamedTuple):
+    """∂/∂ hidden, weight, bias of Σ rows, added up over chunks: what is not wanted is None."""
+
+    hidden: torch.Tensor | None  # (N, H) float32 or float64
+    weight: torch.Tensor | None  # (V_s, H) and
+    rest: torch.Tensor | None  # its rest: see WeightGradient
+    bias: torch.Tensor | None  # (V) float32 or float64
+
+    @classmethod
+    def zeros(cls, head, columns, wanted, chunk_count):
+        hidden, weight, bias = wanted
+        wide = torch.promote_types(head.hidden.dtype, torch.float32)
+        dtype = head.grad_dtype or wide
+        if chunk_count == 1 and logits_dtype(head.hidden) == head.weight.dtype:
+            dtype = head.weight.dtype  # there is nothing to add
+        shape = head.hidden.shape[:-1].numel(), head.hidden.shape[-1]
+        of_weight = WeightGradient.zeros(head.weight, columns, dtype) if weight else None
+        return cls(
+            head.hidden.new_empty(shape, dtype=wide) if hidden else None,
+            of_weight and of_weight.gradient,
+            of_weight and of_weight.rest,
+            head.hidden.new_zeros(columns, dtype=wide) if bias else None,
+        )
+
+    def add(self, projection, chunk, grad, counts):
+        """grad (n, V) by the chunk's logits; counts (n): rows that have one, or None for all."""
+        if self.bias is not None:
+            self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
+        factor = 1.0
+        if projection.wide:
+            factor = 2.0**-8  # of what float16 would flush to 0
+            grad = (grad * 2.0**8).half()
+        if self.hidden is not None:
+            out = self.hidden[chunk.begin : chunk.end]
+            projection.of_gradient(grad, out)
+            if projection.wide:
+                out *= factor
+        if self.weight is not None:
+            hidden = projection.hidden[chunk.begin : chunk.end]
+            if counts is not None:  # 0 times what rows hold that do not count could be NaN
+                hidden = torch.where(counts[:, None], hidden, 0)
+            of_weight = WeightGradient(self.weight, self.rest, grad.shape[-1])
+            of_weight.add(grad.T, hidden, factor)
+
+    def times(self, factor, counts, columns, like, inplace):
+        """Those of hidden (L, H) or (B, L, H), weight (V_s, H) and bias (V_s), times a factor ().
+
+        counts: bool (L) or (B, L), or None: the rows that have a gradient; the others' is 0
+        whatever the factor is. like: the shapes and the dtype. With `inplace` nothing is left of
+        these.
+        """
+        if counts is not None:
+            factor = torch.where(counts.any(), factor, 0.0)
+        shape, (rows, _), dtype = like
+        hidden = weight = bias = None
+        if self.hidden is not None:
+            hidden = (self.hidden * factor).to(dtype).view(shape)
+            if counts is not None:
+                hidden.masked_fill_(~counts[..., None], 0.0)
+        if self.weight is not None:
+            weight = WeightGradient(self.weight, self.rest, columns).times(factor, inplace)
+        if self.bias is not None:
+            bias = F.pad((self.bias * factor).to(dtype), (0, rows - columns))
+        return hidden, weight, bias
+
+
+def add_product(total, a, b, factor):
+    """total += factor · a b, in the dtype of `total`."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, alpha=factor, out=total)
+    elif _widens(a.device):
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, alpha=factor, out=total)
+    else:
+        for begin in range(0, total.shape[0], BLOCK):
+            total[begin : begin + BLOCK] += a[begin : begin + BLOCK] @ b
+
+
+# ---- Teachers -----------------------------------------------------------------------------------
+
+
+class Teacher:
+    """What the row operators take of a teacher, a chunk of rows at a time."""
+
+    def __init__(self, teacher, objective, rows):
+        self.teacher, self.objective = teacher, objective
+        self.projection = None
+        if isinstance(teacher, LinearHead):
+            self.projection = Projection(teacher, objective.vocab_size, rows)
+
+    def rows(self, chunk):
+        if self.teacher is None:
+            return None
+        if self.projection is not None:
+            return self.projection.logits(chunk)
+        if not isinstance(self.teacher, Ensemble):
+            return _take(self.teacher, chunk.index)
+        members = [_take(x, chunk.index) for x in self.teacher.teachers]
+        ensemble = Ensemble(members, self.teacher.weights, self.teacher.mean)
+        # Logits whose softmax at T is the mean.
+        log_p = eager.log_probabilities(ensemble, None, self.objective, torch.float32)
+        return log_p.mul_(self.objective.temperature)
+
+
+def _take(source, index):
+    if isinstance(source, torch.Tensor):
+        return source[index]
+    if isinstance(source, Kept):
+        return source.at(index)
+    return replace(source, hidden=source.hidden[index])
+
+
+# ---- The loops ----------------------------------------------------------------------------------
+
+
+def counting(labels, weights, ignore_index):
+    """Which rows have a share in the loss: bool (L) or (B, L), or None for all."""
+    counts = None if labels is None else labels != ignore_index
+    if weights is None:
+        return counts
+    return weights != 0 if counts is None else counts & (weights != 0)
+
+
+def settle_mean(labels, weights, num_items, rows, ignore_index):
+    """weights and num_items of a mean, neither None, for every chunk alike.
+
+    rows: any tensor (L, …) or (B, L, …). Divided by 0, no row counts.
+    """
+    if weights is None:
+        weights = rows.new_ones(rows.shape[:-1], dtype=torch.float32)
+    if num_items is None:
+        counted = weights if labels is None else torch.where(labels != ignore_index, weights, 0.0)
+        num_items = counted.sum(dtype=torch.float64)
+    return weights.masked_fill(num_items == 0, 0), num_items
+
+
+def reduced(losses, num_items, reduction):
+    """losses (L) or (B, L) -> () float32."""
+    total = losses.sum(dtype=torch.float64)
+    if reduction == "mean":
+        total = torch.where(num_items == 0, 0.0, total / num_items)
+    return total.float()
+
+
+def row_factors(labels, weights, upstream, ignore_index):
+    """weights · upstream (L) or (B, L), 0 for rows that do not count whatever it is there."""
+    counts = counting(labels, weights, ignore_index)
+    factors = upstream.float() if weights is None else weights * upstream
+    factors = factors.contiguous()
+    return factors if counts is None else torch.where(counts, factors, 0.0)
+
+
+def distill_rows_(
+    student, teacher, labels, weights, num_items, grad, want_terms, objective, backend
+):
+    """`ops.distill_rows_` for a teacher whose logits come in chunks."""
+    shape = student.shape[:-1]
+    objective = with_heads(objective, student, teacher)
+    loss, unscale, rows = ops.new_losses(student)
+    unscale.fill_(1)
+    count = chunk_rows(student, teacher, objective.vocab_size)
+    teacher = Teacher(teacher, objective, count)
+    for chunk in chunks(shape, count):
+        index = chunk.index
+        inputs = (
+            student[index],
+            teacher.rows(chunk),
+            None if labels is None else labels[index],
+            None if weights is None else weights[index],
+            num_items,
+        )
+        part_grad = None if grad is None else grad[index]
+        _, part_unscale, part = ops.distill_rows_(
+            *inputs, part_grad, want_terms, objective, backend
+        )
+        rows[(slice(None), *index)] = part
+        if unscale.dim():
+            unscale[index] = part_unscale
+        else:
+            unscale = part_unscale
+    return reduced(rows[0], num_items, objective.reduction), unscale, rows
+
+
+def head_rows(head, teacher, labels, weights, wanted, want_terms, objective, backend):
+    """Rows (3, L) or (3, B, L), as the row operators', and `HeadGradients` of Σ rows[0].
+
+    wanted: of hidden, weight and bias, which gradients.
+    """
+    shape, columns = head.hidden.shape[:-1], objective.vocab_size
+    objective = replace(with_heads(objective, head, teacher), reduction="sum")
+    rows = head.hidden.new_empty((3, *shape), dtype=torch.float32)
+    count = chunk_rows(head, teacher, columns)
+    parts = list(chunks(shape, count))
+    teacher = Teacher(teacher, objective, count)
+    student = Projection(head, columns, count)
+    gradients = HeadGradients.zeros(head, columns, wanted, len(parts))
+    counts = counting(labels, weights, objective.ignore_index)
+    for chunk in parts:
+        index = chunk.index
+        logits = student.logits(chunk)
+        inputs = (
+            logits,
+            teacher.rows(chunk),
+            None if labels is None else labels[index],
+            None if weights is None else weights[index],
+            None,
+        )
+        grad = logits if any(wanted) else None
+        *_, part = ops.distill_rows_(*inputs, grad, want_terms, objective, backend)
+        rows[(slice(None), *index)] = part
+        if grad is not None:
+            counted = None if counts is None else counts[index].flatten()
+            gradients.add(student, chunk, grad.flatten(0, -2), counted)
+    return rows, gradients
