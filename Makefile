@@ -41,6 +41,7 @@ lint: $(VENV)/lint.stamp
 
 bench: $(VENV)/kdkernels.stamp
 	$(VENV)/bin/python benchmarks/dense.py
+	$(VENV)/bin/python benchmarks/sources.py
 
 # For a machine with a GPU, no network needed: build with CUDA, test and measure, results in $(OUT).
 gpu-check:
@@ -49,7 +50,7 @@ gpu-check:
 clean:
 	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) build dist *.egg-info kdkernels/_C.* kdkernels/_build.py
 	rm -rf .pytest_cache .ruff_cache .hypothesis
-	find kdkernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find kdkernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \

@@ -230,19 +230,9 @@ def speed(seconds, native=None):
 
 def memory(name, dtype, settings):
     harness.say(f"{dtype}: memory of {VARIANTS[name].title}")
-    shape = settings.rows, settings.vocab
-    try:
-        peak, gradient = harness.in_fresh_process(peak_of, name, dtype, *shape, settings.threads)
-    except Missing as missing:
-        harness.say(str(missing))
-        return {}
-    matrix = 4 * settings.rows * settings.vocab
-    beyond = peak - gradient
-    return {
-        "peak_mb": beyond / 1e6,
-        "peak_percent": 100 * beyond / matrix,
-        "gradient_mb": gradient / 1e6,
-    }
+    rows, vocab = settings.rows, settings.vocab
+    arguments = name, dtype, rows, vocab, settings.threads
+    return harness.memory(4 * rows * vocab, peak_of, *arguments)
 
 
 def peak_of(name, dtype, rows, vocab, threads):

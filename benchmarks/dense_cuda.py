@@ -346,7 +346,7 @@ def measure(case_name, problem, settings, gpu, wrong=()):
         if name in wrong and not case.backward:
             line["status"] = "wrong: its gradient is"
             continue
-        try:
+        with harness.noting(line):
             make_step = functools.partial(
                 Step,
                 variant.make(case, gpu.device),
@@ -357,13 +357,6 @@ def measure(case_name, problem, settings, gpu, wrong=()):
             outputs[name], memory = first_calls(make_step(), rows, gpu)
             line.update(memory)
             makers[name] = make_step
-        except Missing as why:
-            line["status"] = f"missing: {why}"
-        except torch.OutOfMemoryError:
-            line["status"] = "out of memory"
-        except Exception as error:  # another library's, or its compiler's
-            text = str(error).strip().partition("\n")[0]
-            line["status"] = f"failed: {type(error).__name__}: {text}"
         problem.student.grad = None
         gpu.release()
 

@@ -4,6 +4,7 @@ A number is published only with what makes it comparable: everything that it is 
 in the same process, in turns with it, and was checked against the float64 definition first.
 """
 
+import contextlib
 import csv
 import datetime
 import gc
@@ -180,6 +181,20 @@ def verdict(found, allowed):
     return "wrong: " + "; ".join(wrong) if wrong else "ok"
 
 
+@contextlib.contextmanager
+def noting(line):
+    """What keeps a variant from being measured becomes the status of its line, and ends no run."""
+    try:
+        yield
+    except Missing as why:
+        line["status"] = f"missing: {why}"
+    except torch.OutOfMemoryError:
+        line["status"] = "out of memory"
+    except Exception as error:  # another library's, or its compiler's
+        text = str(error).strip().partition("\n")[0]
+        line["status"] = f"failed: {type(error).__name__}: {text}"
+
+
 # How long it takes
 
 
@@ -321,6 +336,26 @@ def in_fresh_process(function, *args):
         raise Missing("the process ended without an answer, perhaps out of memory") from error
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def memory(matrix, function, *args):
+    """What a call takes beyond inputs and gradients, as fields of a record; none if that fails.
+
+    Args:
+        matrix: bytes of what the peak is compared with.
+        function: (*args) -> (bytes at the peak above the inputs, those that are the gradients').
+    """
+    try:
+        peak, gradient = in_fresh_process(function, *args)
+    except Missing as missing:
+        say(str(missing))
+        return {}
+    beyond = peak - gradient
+    return {
+        "peak_mb": beyond / 1e6,
+        "peak_percent": 100 * beyond / matrix,
+        "gradient_mb": gradient / 1e6,
+    }
 
 
 def peak_above(step):

@@ -1,4 +1,4 @@
-"""The GPU benchmark but for its CUDA events: what it runs, checks, counts and says.
+"""The GPU benchmarks but for their CUDA events: what they run, check, count and say.
 
 A CPU stands in for the GPU, and for the packages of others modules with the same interface.
 """
@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdkernels import kd_loss
+from kdkernels import TopK, kd_loss
 from kdkernels.backends.registry import BACKENDS
 
 NO_NATIVE = BACKENDS["native"].unavailable("cpu")
@@ -41,6 +41,11 @@ def dense_cuda(monkeypatch):
     torch.set_num_threads(1)  # waking a second one takes longer than anything here
     yield module
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def sources_cuda(dense_cuda):
+    return importlib.import_module("sources_cuda")
 
 
 @pytest.fixture
@@ -121,19 +126,43 @@ class GKDTrainer:
         return LigerJSD(beta)(log_q, log_p)
 
 
+class LigerFusedLinearJSD(torch.nn.Module):
+    def __init__(self, jsd_beta):
+        super().__init__()
+        self.beta = jsd_beta
+
+    def forward(self, hidden, weight, teacher_hidden, teacher_weight, shift_labels):
+        assert shift_labels is None
+        logits = [hidden.float() @ weight.T.float()]
+        logits.append(teacher_hidden.float() @ teacher_weight.T.float())
+        return GKDTrainer.generalized_jsd_loss(*logits, beta=self.beta)
+
+
+def chunked_divergence(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, beta):
+    assert bias is None and teacher_bias is None
+    heads = hidden, weight, teacher_hidden, teacher_weight
+    return LigerFusedLinearJSD(beta)(*heads, None).expand(len(hidden)), torch.zeros(len(hidden))
+
+
 @pytest.fixture
 def peers(monkeypatch):
     """liger_kernel and trl as their documentation has them."""
     cross_entropy = types.SimpleNamespace(LigerCrossEntropyLoss=lambda: LigerCrossEntropy.apply)
     liger = types.SimpleNamespace(
-        **vars(cross_entropy), LigerJSD=LigerJSD, LigerKLDIVLoss=torch.nn.KLDivLoss
+        **vars(cross_entropy),
+        LigerJSD=LigerJSD,
+        LigerKLDIVLoss=torch.nn.KLDivLoss,
+        LigerFusedLinearJSD=LigerFusedLinearJSD,
     )
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
-    for name in ("trl", "trl.experimental"):
+    for name in ("trl", "trl.experimental", "trl.kernels"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     gkd = types.SimpleNamespace(GKDTrainer=GKDTrainer)
     monkeypatch.setitem(sys.modules, "trl.experimental.gkd", gkd)
+    function = types.SimpleNamespace(apply=chunked_divergence)
+    divergence = types.SimpleNamespace(ChunkedDivergenceFunction=function)
+    monkeypatch.setitem(sys.modules, "trl.kernels.chunked_divergence", divergence)
 
 
 @pytest.fixture
@@ -656,6 +685,385 @@ def test_quick_run_on_a_gpu(dense_cuda, monkeypatch, tmp_path):
         there |= {"native", "inplace"}
     if not BACKENDS["triton"].unavailable("cuda"):
         there |= {"triton"}
+    for row in document["rows"]:
+        if row["variant"] in there:
+            assert row["status"] == "ok" and 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+
+
+# Hidden states and top-k
+
+SMALL_SOURCES = ["--shapes", "80x6x90", "--topk-shapes", "70x80", "--rounds", "2"]
+SMALL_SOURCES += ["--patience", "60"]
+
+
+def run_sources(sources_cuda, folder, *options):
+    """The exit status, the lines by (part, divergence, variant), the JSON, and the Markdown."""
+    status = sources_cuda.main([*SMALL_SOURCES, *options, "--out", str(folder)])
+    document = json.loads((folder / "sources-cuda-nvidia-h200.json").read_text())
+    lines = {(line["part"], line["divergence"], line["variant"]): line for line in document["rows"]}
+    return status, lines, document, (folder / "sources-cuda-nvidia-h200.md").read_text()
+
+
+def add_head(sources_cuda, monkeypatch, name, loss, **options):
+    """One more variant of heads in the place of another."""
+    options = {"ours": True, "accuracy": "float32", **options}
+    variant = sources_cuda.Variant(f"the {name} one", lambda case, device: loss, **options)
+    monkeypatch.setitem(sources_cuda.HEADS, name, variant)
+
+
+def of_logits(x, change=lambda logits: logits):
+    """The JSD of heads from float32 logits, or from what `change` makes of them."""
+    student = x.hidden.float() @ x.weight.T.float()
+    teacher = x.teacher_hidden.float() @ x.teacher_weight.T.float()
+    return kd_loss(change(student), change(teacher), divergence="jsd", backend="eager")
+
+
+@pytest.mark.usefixtures("peers")
+def test_sources_run_writes_what_it_measured(sources_cuda, monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sources_cuda.TOPK, "triton")  # many seconds in the interpreter
+    status, lines, document, page = run_sources(sources_cuda, tmp_path)
+    assert status == 0
+    heads, topk = [*sources_cuda.HEADS, "products"], [*sources_cuda.TOPK, "copy", "order"]
+    problems = ("heads", "jsd"), ("heads", "forward_kl"), ("topk", "forward_kl")
+    assert list(lines) == [
+        (*problem, name)
+        for problem in problems
+        for name in (heads if problem[0] == "heads" else topk)
+    ]
+    size = {"heads": 2 * 6 * (80 + 90), "topk": 2 * 70 * 80}  # of the gradients
+    for (part, _, name), line in lines.items():
+        if ABSENT.get(name):
+            assert line["status"].startswith("missing: ") and line["ms"] is None
+            continue
+        assert line["status"] == "ok" and line["calls"] == 2
+        assert line["ms_min"] <= line["ms"] <= line["ms_max"]
+        is_yardstick = name in ("products", "copy", "order")
+        assert (line["times_products"] is not None) == (part == "heads")
+        assert (line["share_of_copy"] is not None) == (part == "topk" and name != "order")
+        assert (line["peak_mb"] is None) == (line["loss_error"] is None) == is_yardstick
+        if not is_yardstick:
+            assert line["peak_mb"] == (PEAK - size[part]) / 1e6
+            assert line["gradient_mb"] == size[part] / 1e6
+            assert (line["rounded_loss_error"] is not None) == (part == "heads")
+        if part == "heads":
+            flops = 8 * 80 * 6 * 90
+            assert line["tflop_per_s"] == pytest.approx(flops / line["ms"] / 1e9)
+    assert lines["heads", "jsd", "products"]["times_products"] == 1
+    assert lines["topk", "forward_kl", "copy"]["share_of_copy"] == 1
+
+    facts = {"gpu", "driver", "clocks", "torch", "triton", "commit", "date", "trl", "liger-kernel"}
+    assert facts <= document["machine"].keys() and document["settings"]["rounds"] == 2
+    with (tmp_path / "sources-cuda-nvidia-h200.csv").open(newline="") as file:
+        assert [x["ms"] for x in csv.DictReader(file)] == [
+            str(line["ms"] or "") for line in lines.values()
+        ]
+    for text in (page, capsys.readouterr().out):
+        for kind in (sources_cuda.HEADS, sources_cuda.TOPK):
+            assert all(variant.title in text for variant in kind.values())
+        for yardstick in (*sources_cuda.Heads.yardsticks.values(), sources_cuda.Copy):
+            assert yardstick.title in text
+    for table in (block for block in page.split("\n\n") if block.startswith("| ")):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_missing_peers_of_heads_say_why(sources_cuda, tmp_path):
+    names = ["naive", "trl", "liger"]
+    status, lines, _, page = run_sources(
+        sources_cuda, tmp_path, "--parts", "heads", "--divergences", "jsd", "--variants", *names
+    )
+    assert status == 0 and lines["heads", "jsd", "naive"]["ms"] > 0
+    for name in names[1:]:
+        reason = lines["heads", "jsd", name]["status"]
+        assert reason.startswith("missing: ") and "ModuleNotFoundError" in reason
+        assert f"- {sources_cuda.HEADS[name].title}: {reason}" in page
+
+
+@pytest.mark.parametrize("divergence", ("jsd", "forward_kl"))
+def test_definition_of_heads_is_that_of_all_rows(sources_cuda, monkeypatch, divergence):
+    monkeypatch.setattr(sources_cuda, "CHECKED_AT_ONCE", 7 * 110)  # chunks of 7 tokens
+    case = sources_cuda.Heads((100, 6, 110), divergence=divergence)
+    problem = case.problem("cpu")
+    whole = sources_cuda.sources.Heads(case.shape, case.dtype, divergence).definition(problem)
+    definitions = case.definitions(problem)
+    assert list(definitions) == ["", "rounded_"]
+    torch.testing.assert_close(definitions[""][0], whole[0])
+    for found, size, expected, rows in zip(
+        *definitions[""][1:], whole[1], case.checked(), strict=True
+    ):
+        assert len(rows) < len(expected)
+        torch.testing.assert_close(found, expected[rows])
+        torch.testing.assert_close(size, found.abs().amax(-1, keepdim=True))
+    exact, rounded = (definitions[name][0] for name in ("", "rounded_"))
+    assert 1e-7 < abs(rounded - exact) / exact < 0.05
+
+
+def test_definition_of_topk_is_that_of_all_rows(sources_cuda, monkeypatch):
+    monkeypatch.setattr(sources_cuda, "CHECKED_AT_ONCE", 7 * 90)
+    case = sources_cuda.Topk((100, 90))
+    problem = case.problem("cpu")
+    whole = sources_cuda.sources.Topk(case.shape, case.dtype).definition(problem)
+    found = case.definitions(problem)[""]
+    torch.testing.assert_close(found[0], whole[0])
+    (rows,) = case.checked()
+    for kind in (1, 2):
+        torch.testing.assert_close(found[kind][0], whole[kind][0][rows])
+
+
+def test_copy_of_topk_moves_as_many_bytes(sources_cuda):
+    case = sources_cuda.Topk((6, 70))
+    ((target, source),) = sources_cuda.Copy(case.problem("cpu")).pairs
+    assert source.nbytes + target.nbytes == case.bytes == 2 * 6 * 70 * 2
+
+
+HEAD_OPTIONS = ["--parts", "heads", "--divergences", "jsd", "--variants", "native", "naive"]
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    (
+        (lambda logits: logits, "ok"),
+        (lambda logits: logits.bfloat16().float(), "ok"),
+        (lambda logits: 1.02 * logits, "wrong"),
+        (lambda logits: logits.to(torch.float8_e4m3fn).float(), "wrong"),
+    ),
+)
+def test_logits_are_exact_or_rounded_once(sources_cuda, monkeypatch, tmp_path, change, verdict):
+    add_head(sources_cuda, monkeypatch, "native", functools.partial(of_logits, change=change))
+    status, lines, *_ = run_sources(sources_cuda, tmp_path, *HEAD_OPTIONS)
+    line = lines["heads", "jsd", "native"]
+    assert status == (verdict == "wrong") and line["status"].partition(":")[0] == verdict
+    assert (line["ms"] is None) == (verdict == "wrong")
+
+
+class OneRowUnwritten(torch.autograd.Function):
+    """The right gradients, but for a row nobody compares, which holds what was there before."""
+
+    which, row = 0, 0
+
+    @staticmethod
+    def forward(ctx, hidden, weight, *teacher):
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        with torch.enable_grad():
+            loss = of_logits(
+                types.SimpleNamespace(
+                    hidden=leaves[0],
+                    weight=leaves[1],
+                    teacher_hidden=teacher[0],
+                    teacher_weight=teacher[1],
+                )
+            )
+        ctx.gradients = torch.autograd.grad(loss, leaves)
+        ctx.gradients[OneRowUnwritten.which][OneRowUnwritten.row] = float("nan")
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return *ctx.gradients, None, None
+
+
+@pytest.mark.parametrize("which", (0, 1))
+@pytest.mark.parametrize("ours", (True, False))
+def test_unwritten_row_of_a_head_is_seen(sources_cuda, monkeypatch, tmp_path, which, ours):
+    checked = sources_cuda.Heads((80, 6, 90)).checked()[which].tolist()
+    monkeypatch.setattr(OneRowUnwritten, "which", which)
+    monkeypatch.setattr(OneRowUnwritten, "row", next(i for i in range(80) if i not in checked))
+    name = "native" if ours else "liger"
+
+    def loss(x):
+        heads = x.hidden, x.weight, x.teacher_hidden, x.teacher_weight
+        return OneRowUnwritten.apply(*heads)
+
+    add_head(sources_cuda, monkeypatch, name, loss, ours=ours, accuracy="bfloat16")
+    options = ["--parts", "heads", "--divergences", "jsd", "--variants", name, "naive"]
+    status, lines, _, page = run_sources(sources_cuda, tmp_path, *options)
+    assert status == ours and lines["heads", "jsd", "naive"]["status"] == "ok"
+    line = lines["heads", "jsd", name]
+    assert line["status"].startswith("wrong: gradient off by nan") and line["ms"] is None
+    assert f"- the {name} one: wrong: gradient off by nan" in page
+
+
+def test_memory_of_a_gradient_holds_nan_before(sources_cuda):
+    class Step:
+        """Its gradient is always in the same memory, and only the first call writes all of it."""
+
+        gradient, value = torch.zeros(4, 2), torch.zeros(())
+        calls = 0
+
+        def prepare(self):
+            pass
+
+        def run(self):
+            self.gradient[: 4 - self.calls] = 1
+            self.calls += 1
+
+        def gradients(self):
+            return [self.gradient]
+
+    (_, (found,)), memory, _ = sources_cuda.first_calls(Step(), [torch.tensor([1])], CpuAsGpu())
+    assert found.shape == (1, 2) and found.isnan().all()
+    assert memory == {"peak_mb": (PEAK - 32) / 1e6, "gradient_mb": 32 / 1e6}
+
+
+def test_topk_without_its_tail_is_not_timed(sources_cuda, monkeypatch, tmp_path):
+    def loss(student, teacher, labels):
+        teacher = TopK(teacher.ids, teacher.logprobs, tail="renormalize")
+        return kd_loss(student, teacher, labels, alpha=0.5, backend="eager")
+
+    variant = sources_cuda.Variant("wrong", lambda *_: loss, ours=True, accuracy="float32")
+    monkeypatch.setitem(sources_cuda.TOPK, "native", variant)
+    options = ["--parts", "topk", "--variants", "native", "naive"]
+    status, lines, *_ = run_sources(sources_cuda, tmp_path, *options)
+    line = lines["topk", "forward_kl", "native"]
+    assert status == 1 and line["status"].startswith("wrong: loss") and line["ms"] is None
+    assert lines["topk", "forward_kl", "naive"]["share_of_copy"] is not None
+
+
+@pytest.mark.parametrize("after", (0, 1, 3))  # the check makes two calls, a turn two
+def test_head_that_does_not_fit_ends_no_run(sources_cuda, monkeypatch, tmp_path, after):
+    calls = []
+
+    def loss(x):
+        calls.append(x)
+        if len(calls) > after:
+            raise torch.OutOfMemoryError("CUDA")
+        return of_logits(x)
+
+    add_head(sources_cuda, monkeypatch, "native", loss)
+    status, lines, _, page = run_sources(sources_cuda, tmp_path, *HEAD_OPTIONS)
+    line = lines["heads", "jsd", "native"]
+    assert status == 0 and line["status"] == "out of memory" and line["ms"] is None
+    assert lines["heads", "jsd", "naive"]["times_products"] > 0
+    assert "- the native one: out of memory" in page
+
+
+def test_heads_that_do_not_fit_end_no_run(sources_cuda, monkeypatch, tmp_path):
+    def definitions(self, x):
+        raise torch.OutOfMemoryError("CUDA")
+
+    monkeypatch.setattr(sources_cuda.Heads, "definitions", definitions)
+    status, lines, *_ = run_sources(sources_cuda, tmp_path, "--variants", "naive")
+    heads = [line for (part, *_), line in lines.items() if part == "heads"]
+    assert status == 0 and len(heads) == 2 and lines["topk", "forward_kl", "naive"]["ms"] > 0
+    assert all(line["status"].startswith("out of memory: ") for line in heads)
+
+
+def test_failure_of_kdkernels_is_an_error(sources_cuda, monkeypatch, tmp_path):
+    def loss(x):
+        raise ValueError("no such kernel\nand more")
+
+    for name, status in (("native", 1), ("trl", 0)):
+        add_head(sources_cuda, monkeypatch, name, loss)
+        options = ["--parts", "heads", "--divergences", "jsd", "--variants", name, "naive"]
+        found, lines, *_ = run_sources(sources_cuda, tmp_path, *options)
+        assert found == status
+        assert lines["heads", "jsd", name]["status"] == "failed: ValueError: no such kernel"
+
+
+def test_slow_heads_are_called_twice(sources_cuda, monkeypatch, tmp_path):
+    calls = []
+
+    def loss(x):
+        calls.append(x)
+        return of_logits(x)
+
+    add_head(sources_cuda, monkeypatch, "native", loss)
+    options = [*HEAD_OPTIONS, "--patience", "0"]
+    _, lines, *_ = run_sources(sources_cuda, tmp_path, *options)
+    assert len(calls) == 2 and {line["calls"] for line in lines.values()} == {1}
+
+
+def test_rates_of_sources(sources_cuda):
+    """Within each round, and to the median of what had more of them."""
+    seconds = {"native": [0.001, 0.002, 0.004], "copy": [0.0005, 0.0016, 0.0036], "naive": [0.032]}
+    case = sources_cuda.Topk((8192, 151936))
+    fields = sources_cuda.rates(case, "native", seconds)
+    shares = [fields[f"share_of_copy{which}"] for which in ("", "_min", "_max")]
+    assert shares == pytest.approx([0.8, 0.5, 0.9])
+    assert fields["gb_per_s"] == pytest.approx(4 * 8192 * 151936 / 0.002 / 1e9)
+    fields = sources_cuda.rates(case, "naive", seconds)
+    assert fields["times_native"] == pytest.approx(16)
+    assert fields["share_of_copy"] == pytest.approx(0.05)
+    heads = sources_cuda.Heads((8192, 4096, 128256))
+    fields = sources_cuda.rates(heads, "native", {"native": [0.06], "products": [0.05]})
+    assert fields["tflop_per_s"] == pytest.approx(8 * 8192 * 4096 * 128256 / 0.06 / 1e12)
+    assert fields["times_products"] == pytest.approx(1.2) and "share_of_copy" not in fields
+
+
+def source_targets(sources_cuda, gpu, heads, topk):
+    """{(part, divergence, what): verdict} of records with these fields."""
+    shape = sources_cuda.shape_of(sources_cuda.SHAPES[0])
+    cases = [sources_cuda.Heads(shape, divergence=name) for name in ("jsd", "forward_kl")]
+    records = [sources_cuda.record(case, "native", **{"status": "ok", **heads}) for case in cases]
+    case = sources_cuda.Topk(sources_cuda.shape_of(sources_cuda.TOPK_SHAPES[0]))
+    records.append(sources_cuda.record(case, "native", **{"status": "ok", **topk}))
+    judged = sources_cuda.judge(records, gpu)
+    assert len(sources_cuda.target_rows(judged)) == len(judged) == 8
+    return {(x["part"], x["divergence"], x["what"]): x["verdict"] for x in judged}
+
+
+def test_targets_of_sources(sources_cuda):
+    assert sources_cuda.SHAPES == ("8192x4096x128256",)
+    assert sources_cuda.TOPK_SHAPES == ("8192x151936",)
+    met = dict(ms=56.3, times_products=1.15, peak_mb=2000.0), dict(ms=1.4, share_of_copy=0.8)
+    missed = dict(ms=56.4, times_products=1.16, peak_mb=2001.0), dict(ms=1.41, share_of_copy=0.79)
+    for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        for fields, verdict in ((met, "met"), (missed, "not met")):
+            found = source_targets(sources_cuda, gpu, *fields)
+            for (_, _, what), text in found.items():
+                only = what == "ms" and "H200" not in gpu
+                assert text == ("for H200 only" if only else verdict)
+    wrong = dict(status="wrong: loss", ms=1.0, times_products=1.0)
+    found = source_targets(sources_cuda, "NVIDIA H200", wrong, wrong)
+    assert set(found.values()) == {"not measured"}
+
+
+def test_target_table_of_sources(sources_cuda):
+    case = sources_cuda.Topk(sources_cuda.shape_of(sources_cuda.TOPK_SHAPES[0]))
+    measured = dict(status="ok", ms=1.321, share_of_copy=0.8712)
+    judged = sources_cuda.judge([sources_cuda.record(case, "native", **measured)], "NVIDIA H200")
+    rows = sources_cuda.target_rows(judged)
+    assert rows[-2:] == [
+        [case.title, "ms", "≤ 1.40", "1.32", "met"],
+        [case.title, "% of copy", "≥ 80%", "87%", "met"],
+    ]
+    assert {row[-1] for row in rows[:-2]} == {"not measured"}
+
+
+def test_only_a_full_run_of_sources_replaces_the_published_results(sources_cuda, harness):
+    assert sources_cuda.parse([]).out == harness.RESULTS
+    for option in (
+        ["--quick"],
+        ["--shapes", "8x8x100"],
+        ["--topk-shapes", "8x100"],
+        ["--divergences", "jsd"],
+        ["--variants", "native"],
+        ["--parts", "heads"],
+        ["--patience", "1"],
+        ["--rounds", "3"],
+    ):
+        assert sources_cuda.parse(option).out is None
+
+
+def test_no_gpu_for_sources_is_said_in_one_line(sources_cuda, monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sources_cuda.main(["--quick", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and not list(tmp_path.iterdir())
+    assert said.err == (
+        "sources_cuda.py measures on a GPU, and there is none: torch sees no CUDA device\n"
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_quick_run_of_sources_on_a_gpu(sources_cuda, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    assert sources_cuda.main(["--quick", "--out", str(tmp_path)]) == 0
+    (document,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    there = {"naive", "shared", "products", "copy", "order"}
+    there |= {name for name in ("native", "triton") if not BACKENDS[name].unavailable("cuda")}
     for row in document["rows"]:
         if row["variant"] in there:
             assert row["status"] == "ok" and 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
