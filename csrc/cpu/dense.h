@@ -11,8 +11,9 @@
 //   1. statistics: the maxima and Σ e^{(s − max)/T}, Σ e^{(t − max)/T}, Σ_{j≠y} e^{s − max}, with
 //      running maxima, tile by tile, so that the arithmetic hides the loads; with them the forward
 //      KL, which is exact enough where it is not small;
-//   2. for divergences whose gradient holds a sum over the row: D and Σ q φ;
-//   3. the gradient, and a small forward KL.
+//   2. for divergences whose gradient holds a sum over the row: D, Σ q φ, and φ, which is kept: a
+//      row of floats in cache;
+//   3. the gradient, where φ is kept from it and the student, and a small forward KL.
 // Sweeps 2 and 3 run against the direction of the one before: its last tiles are still in cache.
 //
 // Exactness (hazards.md, N1-N9): sums of a tile in float lanes, of tiles in double; the label's
@@ -24,6 +25,7 @@
 #pragma once
 
 #include <type_traits>
+#include <vector>
 
 #include "cpu/task.h"
 
@@ -243,6 +245,23 @@ struct DivergenceSums {
   double mean_slope() const { return slope / mass; }
 };
 
+// Whether a sweep for the value keeps the slopes for one for the gradient.
+template <Divergence kDivergence, bool kDistill>
+constexpr bool kKeepsSlopes = kDistill && kDivergence != Divergence::kForwardKL;
+
+// A class's share of the gradient by its slope φ: what visit() finds.
+template <bool kHard>
+float part_of(float s, float slope, const RowFrame& frame, const GradientFrame& g) {
+  const float x = s - frame.max_s;
+  const float q = exp_of(x, frame.rate) * frame.inv_z_s;
+  float part = kHard ? -g.smoothing : 0.0f;
+  part += g.distill * (q * ((slope - g.mean_slope.hi) - g.mean_slope.lo));
+  if constexpr (kHard) part += g.hard * exp_of(x, kUnitRate);
+  return part;
+}
+
+// Where slopes are kept, a sweep for the value writes them to `out`, and a sweep for the gradient
+// has them for `t`.
 template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare, bool kValue,
           bool kGradient>
 DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientFrame& gradient,
@@ -253,6 +272,12 @@ DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientF
   // The forward KL, whose terms take the least time, has the widest bar.
   std::conditional_t<kDivergence == Divergence::kForwardKL, float, double> value = 0;
   double mass = 0, slope = 0;
+  if constexpr (kGradient && kKeepsSlopes<kDivergence, kDistill>) {
+    static_assert(!kValue && kCare == Care::kNear && kPower == 0);
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) out[i] = part_of<kHard>(s[i], t[i], frame, g);
+    return {};
+  }
 #pragma omp simd reduction(+ : value, mass, slope)
   for (std::int64_t i = 0; i < n; ++i) {
     const Visit at = visit<kDivergence, kDistill, kHard, kPower, kCare>(
@@ -262,6 +287,7 @@ DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientF
       if constexpr (kDivergence != Divergence::kForwardKL) {
         mass += at.q;
         slope += static_cast<double>(at.q) * at.slope;
+        out[i] = at.slope;
       }
     }
     if constexpr (kGradient) out[i] = at.part;
@@ -269,21 +295,25 @@ DivergenceSums sweep_tile(const Task& task, const RowFrame& row, const GradientF
   return {value, mass, slope};
 }
 
-// The columns of a row through sweep_tile, against the direction of the sweep before.
+// The columns of a row through sweep_tile, against the direction of the sweep before. `slopes`,
+// where they are kept: a multiple of tiles, or null where no gradient is to follow.
 template <Divergence kDivergence, bool kDistill, bool kHard, int kPower, Care kCare, bool kValue,
           bool kGradient>
 DivergenceSums sweep(const Task& task, const RowFrame& row, const GradientFrame& gradient,
-                     float label_gradient, const GradientTask* grad, bool backward) {
-  alignas(64) Buffer buffer_s, buffer_t, buffer_out, slopes;
+                     float label_gradient, const GradientTask* grad, float* slopes, bool backward) {
+  alignas(64) Buffer buffer_s, buffer_t, buffer_out, cap_slopes;
+  constexpr bool kKeeps = kKeepsSlopes<kDivergence, kDistill>;
   const bool projected = kGradient && changes(task.student.cap);
   DivergenceSums sums;
   for_each_tile(task.columns, backward, [&](std::int64_t begin, std::int64_t n) {
     const std::int64_t padded = Side::padded(n);
     const float* s = task.student.tile(begin, n, buffer_s);
-    const float* t = kDistill ? task.teacher.tile(begin, n, buffer_t) : s;
+    const float* t = s;
+    if (kDistill) t = kGradient && kKeeps ? slopes + begin : task.teacher.tile(begin, n, buffer_t);
     const bool direct = kGradient && grad->dtype == DType::kFloat32 && padded == n;
     float* out = direct ? static_cast<float*>(grad->row) + begin : buffer_out;
-    if (projected) task.student.slopes(begin, n, slopes);  // before they may be overwritten
+    if (!kGradient && kKeeps && slopes != nullptr) out = slopes + begin;
+    if (projected) task.student.slopes(begin, n, cap_slopes);  // before they may be overwritten
     const DivergenceSums tile =
         sweep_tile<kDivergence, kDistill, kHard, kPower, kCare, kValue, kGradient>(
             task, row, gradient, s, t, padded, out);
@@ -295,7 +325,7 @@ DivergenceSums sweep(const Task& task, const RowFrame& row, const GradientFrame&
       if (kHard && label >= 0 && label < n) out[label] = label_gradient;
       if (projected) {
 #pragma omp simd
-        for (std::int64_t i = 0; i < n; ++i) out[i] *= slopes[i];
+        for (std::int64_t i = 0; i < n; ++i) out[i] *= cap_slopes[i];
       }
       if (grad->row == nullptr) {
         sums.peak = largest(out, n, sums.peak);
@@ -311,11 +341,12 @@ DivergenceSums sweep(const Task& task, const RowFrame& row, const GradientFrame&
 // which a confident row would lose to rounding.
 template <Divergence kDivergence, bool kDistill, Care kCare>
 float label_gradient(const Task& task, const Statistics& sums, const RowFrame& row,
-                     const GradientFrame& gradient, const GradientTask& grad) {
+                     const GradientFrame& gradient, const GradientTask& grad, const float* slopes) {
   float distill = 0;
   if constexpr (kDistill) {
     const float s = task.student.logit(task.label);
-    const float t = task.teacher.logit(task.label);
+    const float t =
+        kKeepsSlopes<kDivergence, kDistill> ? slopes[task.label] : task.teacher.logit(task.label);
     sweep_tile<kDivergence, true, false, 0, kCare, false, true>(task, row, gradient, &s, &t, 1,
                                                                 &distill);
   }
@@ -342,12 +373,12 @@ GradientFrame make_gradient_frame(const Task& task, const Statistics& sums, doub
 
 template <Divergence kDivergence, bool kDistill, Care kCare, bool kValue>
 DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const RowFrame& row,
-                              double mean_slope, GradientTask grad, bool backward) {
+                              double mean_slope, GradientTask grad, float* slopes, bool backward) {
   if (grad.dtype == DType::kFloat16 && grad.row != nullptr) {
     // Measured at scale 1 first, then written at the row's own scale.
     const GradientTask measured{nullptr, grad.dtype, grad.distill, grad.hard, 1, nullptr};
     const float peak = gradient_sweep<kDivergence, kDistill, kCare, false>(
-                           task, sums, row, mean_slope, measured, backward)
+                           task, sums, row, mean_slope, measured, slopes, backward)
                            .peak;
     const double prescale = float16_prescale(std::fabs(grad.scale) * peak);
     *grad.unscale = static_cast<float>(1 / prescale);
@@ -357,12 +388,13 @@ DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const Ro
   const GradientFrame frame = make_gradient_frame(task, sums, mean_slope, grad);
   if (!task.hard) {
     return sweep<kDivergence, kDistill, false, 0, kCare, kValue, true>(task, row, frame, 0, &grad,
-                                                                       backward);
+                                                                       slopes, backward);
   }
-  const float label = label_gradient<kDivergence, kDistill, kCare>(task, sums, row, frame, grad);
+  const float label =
+      label_gradient<kDivergence, kDistill, kCare>(task, sums, row, frame, grad, slopes);
   const auto run = [&](auto power) {
     return sweep<kDivergence, kDistill, true, decltype(power)::value, kCare, kValue, true>(
-        task, row, frame, label, &grad, backward);
+        task, row, frame, label, &grad, slopes, backward);
   };
   if constexpr (kDistill && kDivergence == Divergence::kForwardKL) {
     switch (task.power) {
@@ -379,6 +411,18 @@ DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const Ro
   return run(std::integral_constant<int, 0>());
 }
 
+struct alignas(64) SlopeTile {
+  Buffer values;
+};
+
+// A row of them, the thread's own.
+float* room_for_slopes(std::int64_t columns) {
+  thread_local std::vector<SlopeTile> tiles;
+  const auto count = static_cast<std::size_t>((columns + kTile - 1) / kTile);
+  if (tiles.size() < count) tiles.resize(count);
+  return tiles.data()->values;
+}
+
 // D, and with `grad` the gradient of both terms.
 template <Divergence kDivergence, Care kCare>
 double divergence(const Task& task, const Statistics& sums, double log_ratio,
@@ -386,17 +430,20 @@ double divergence(const Task& task, const Statistics& sums, double log_ratio,
   const RowFrame row = make_frame(task, sums, log_ratio);
   if constexpr (kDivergence == Divergence::kForwardKL) {
     if (grad != nullptr) {
-      return gradient_sweep<kDivergence, true, kCare, true>(task, sums, row, 0, *grad, true).value;
+      return gradient_sweep<kDivergence, true, kCare, true>(task, sums, row, 0, *grad, nullptr,
+                                                            true)
+          .value;
     }
   }
+  float* slopes = grad == nullptr ? nullptr : room_for_slopes(task.columns);
   const DivergenceSums value = sweep<kDivergence, true, false, 0, kCare, true, false>(
-      task, row, GradientFrame{}, 0, nullptr, true);
+      task, row, GradientFrame{}, 0, nullptr, slopes, true);
   if (grad == nullptr) return value.value;
   if (!std::isfinite(value.value)) {  // the reverse KL where the teacher rules a class out
     fill(kNaN, grad->dtype, 0, task.columns, grad->row);
   } else {
     gradient_sweep<kDivergence, true, kCare, false>(task, sums, row, value.mean_slope(), *grad,
-                                                    false);
+                                                    slopes, false);
   }
   return value.value;
 }
@@ -410,9 +457,9 @@ double divergence(const Task& task, const Statistics& sums, const GradientTask* 
       if (grad != nullptr) {
         const RowFrame row = make_frame(task, sums, log_ratio);
         sums.normal ? gradient_sweep<Divergence::kForwardKL, true, Care::kFarNormal, false>(
-                          task, sums, row, 0, *grad, true)
+                          task, sums, row, 0, *grad, nullptr, true)
                     : gradient_sweep<Divergence::kForwardKL, true, Care::kFar, false>(
-                          task, sums, row, 0, *grad, true);
+                          task, sums, row, 0, *grad, nullptr, true);
       }
       return kl;
     case Divergence::kReverseKL:
@@ -456,7 +503,7 @@ RowLoss evaluate(const Task& task, const GradientTask* grad) {
     loss.distill = divergence(task, sums, grad);
   } else if (grad != nullptr) {
     gradient_sweep<Divergence::kForwardKL, false, Care::kFar, false>(
-        task, sums, make_frame(task, sums, 0.0), 0, *grad, true);
+        task, sums, make_frame(task, sums, 0.0), 0, *grad, nullptr, true);
   }
   return loss;
 }
