@@ -1,9 +1,9 @@
 """Rows in chunks, where predictions are no logits yet: project → the row operator → products.
 
-What exists of logits at a time is a chunk of rows: (n, V) of the student, whose gradient replaces
-them in place, and (n, V) of the teacher. With a student that is a `LinearHead` the gradient takes
-four matrix products in all, one each for the student's logits, the teacher's, and the gradients of
-hidden states and weight.
+Of a student that is a `LinearHead` a chunk of logits (n, V) exists at a time, whose gradient
+replaces them in place; within it the teacher comes in smaller steps, because nothing is left of its
+logits. The gradient takes four matrix products in all, one each for the student's logits, the
+teacher's, and the gradients of hidden states and weight.
 """
 
 from dataclasses import replace
@@ -17,56 +17,81 @@ from .backends import eager
 from .kept import Kept
 from .sources import Ensemble, LinearHead
 
-# The rule for a chunk's rows: as many as fit these bytes of logits, but no fewer than keep a matrix
-# product efficient. Every chunk reads and writes all of the weight's gradient: on a GPU, whose
-# products are fast, that has to be rare.
-CHUNK_BYTES = {"cpu": 2**27}
-DEFAULT_CHUNK_BYTES = 2**29
-MIN_CHUNK_ROWS = 128
-BLOCK = 1024  # rows of a weight at a time, where they have to be converted for a product
+# The rules for rows that exist at a time: as many as fit these bytes, but no fewer than keep a matrix
+# product efficient. Every chunk of the student's reads and writes all of the weight's gradient: on a
+# GPU, whose products are fast, that has to be rare. The teacher's are read at once: where a cache is
+# large enough, from there.
+CHUNK_BYTES = {"cpu": 2**26}
+DEFAULT_CHUNK_BYTES = 3 * 2**28
+STEP_BYTES = {"cpu": 2**25}
+DEFAULT_STEP_BYTES = 2**28
+MIN_ROWS = 128
+BLOCK = 1024  # rows of a weight or of its gradient at a time, where they have to be converted
 FIRST_ROWS = 64  # of a gradient that is rounded in place
 
 
-class Chunk(NamedTuple):
+class Step(NamedTuple):
+    """Consecutive rows, as many as there are logits of the teacher at a time."""
+
     index: tuple  # of the leading dimensions
     shape: tuple  # what these become
     begin: int  # the same of the flattened rows
     end: int
 
 
-def chunk_rows(student, teacher, columns):
-    """Rows of logits that exist at a time."""
-    sources = [student, *(teacher.teachers if isinstance(teacher, Ensemble) else [teacher])]
-    heads = [x for x in sources if isinstance(x, LinearHead)]
+def chunk_rows(head, columns):
+    """Rows of a student's logits that exist at a time."""
+    if head.chunk_rows is not None:
+        return head.chunk_rows
+    budget = CHUNK_BYTES.get(head.hidden.device.type, DEFAULT_CHUNK_BYTES)
+    return max(budget // (columns * logits_dtype(head.hidden).itemsize), MIN_ROWS)
+
+
+def step_rows(student, teacher, columns):
+    """Rows of a teacher's logits that exist at a time, all of an ensemble's together."""
+    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    heads = [x for x in members if isinstance(x, LinearHead)]
     if chosen := [head.chunk_rows for head in heads if head.chunk_rows is not None]:
         return min(chosen)
     row_bytes = sum(columns * logits_dtype(head.hidden).itemsize for head in heads)
     if isinstance(teacher, Ensemble):
         row_bytes += 3 * columns * 4  # a member's logits and log-probabilities, and the mean
     device = student.hidden.device if isinstance(student, LinearHead) else student.device
-    budget = CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES)
-    return max(budget // max(row_bytes, 1), MIN_CHUNK_ROWS)
+    budget = STEP_BYTES.get(device.type, DEFAULT_STEP_BYTES)
+    return max(budget // max(row_bytes, 1), MIN_ROWS)
 
 
-def chunks(shape, rows):
-    """Cuts leading dimensions (L) or (B, L) into chunks of up to `rows` rows."""
+def steps(shape, rows):
+    """Cuts leading dimensions (L) or (B, L) into steps of up to `rows` rows."""
     *batch, length = shape
     if not batch:
         for begin in range(0, length, rows):
             end = min(begin + rows, length)
-            yield Chunk((slice(begin, end),), (end - begin,), begin, end)
+            yield Step((slice(begin, end),), (end - begin,), begin, end)
     elif length <= rows:
-        step = rows // max(length, 1)
-        for begin in range(0, batch[0], step):
-            end = min(begin + step, batch[0])
+        count = rows // max(length, 1)
+        for begin in range(0, batch[0], count):
+            end = min(begin + count, batch[0])
             shape = end - begin, length
-            yield Chunk((slice(begin, end),), shape, begin * length, end * length)
+            yield Step((slice(begin, end),), shape, begin * length, end * length)
     else:
         for b in range(batch[0]):
             for begin in range(0, length, rows):
                 end = min(begin + rows, length)
                 index, shape = (slice(b, b + 1), slice(begin, end)), (1, end - begin)
-                yield Chunk(index, shape, b * length + begin, b * length + end)
+                yield Step(index, shape, b * length + begin, b * length + end)
+
+
+def chunks(shape, rows, rows_of_step):
+    """Steps of up to `rows_of_step` <= `rows` rows, in lists of up to `rows` rows."""
+    chunk = []
+    for step in steps(shape, rows_of_step):
+        if chunk and step.end - chunk[0].begin > rows:
+            yield chunk
+            chunk = []
+        chunk.append(step)
+    if chunk:
+        yield chunk
 
 
 def with_heads(objective, student, teacher):
@@ -130,10 +155,10 @@ class Projection:
             part = self.weight[begin : begin + BLOCK]
             yield slice(begin, begin + len(part)), self.block[: len(part)].copy_(part)
 
-    def logits(self, chunk):
-        """(…, V), before scale and cap, in a buffer that the next chunk takes over."""
-        logits = self.buffer[: chunk.end - chunk.begin]
-        hidden = self.hidden[chunk.begin : chunk.end]
+    def logits(self, begin, end):
+        """(n, V) of these rows, before scale and cap, in a buffer that the next ones take over."""
+        logits = self.buffer[: end - begin]
+        hidden = self.hidden[begin:end]
         for columns, weight in self.blocks():
             out = logits[:, columns]
             if self.wide:
@@ -143,13 +168,12 @@ class Projection:
                 torch.mm(hidden, weight.T, out=out)
             else:
                 torch.addmm(self.bias[columns], hidden, weight.T, out=out)
-        return logits.view(*chunk.shape, -1)
+        return logits
 
     def of_gradient(self, grad, out):
         """out (n, H) = grad (n, V) · weight."""
-        out.zero_()
         for columns, weight in self.blocks():
-            add_product(out, grad[:, columns], weight, 1.0)
+            add_product(out, grad[:, columns], weight, 1.0, first=columns.start in (None, 0))
 
 
 class WeightGradient:
@@ -165,11 +189,11 @@ class WeightGradient:
         self.columns = columns
 
     @classmethod
-    def zeros(cls, weight, columns, dtype):
+    def empty(cls, weight, columns, dtype):
         rest = None
         if dtype != weight.dtype:
-            rest = weight.new_zeros((columns - columns // 2, weight.shape[1]), dtype=dtype)
-        return cls(weight.new_zeros(weight.shape), rest, columns)
+            rest = weight.new_empty((columns - columns // 2, weight.shape[1]), dtype=dtype)
+        return cls(weight.new_empty(weight.shape), rest, columns)
 
     def sums(self):
         """Blocks of rows of the sums, in order."""
@@ -179,16 +203,16 @@ class WeightGradient:
         within = self.gradient.view(-1)[: 2 * rows * width].view(self.rest.dtype)
         return [within.view(rows, width), self.rest]
 
-    def add(self, a, b, factor):
-        """sums += factor · a b: a (V, n), b (n, H)."""
+    def add(self, a, b, factor, first):
+        """sums += factor · a b, or the `first` time, =: a (V, n), b (n, H)."""
         begin = 0
         for sums in self.sums():
-            add_product(sums, a[begin : begin + len(sums)], b, factor)
+            add_product(sums, a[begin : begin + len(sums)], b, factor, first)
             begin += len(sums)
 
     def times(self, factor, inplace):
         """The gradient, times a factor (); in place nothing is left of the sums."""
-        gradient = self.gradient if inplace else torch.zeros_like(self.gradient)
+        gradient = self.gradient if inplace else torch.empty_like(self.gradient)
         *within, rest = self.sums()
         begin = 0
         for sums in within:
@@ -197,9 +221,9 @@ class WeightGradient:
             gradient[:end] = sums[:end] * factor
             while end < len(sums):
                 begin, end = end, min(2 * end, len(sums))
-                torch.mul(sums[begin:end], factor, out=gradient[begin:end])
+                scale_into(gradient[begin:end], sums[begin:end], factor)
             begin = len(sums)
-        torch.mul(rest, factor, out=gradient[begin : self.columns])
+        scale_into(gradient[begin : self.columns], rest, factor)
         gradient[self.columns :].zero_()
         return gradient
 
@@ -213,14 +237,15 @@ class HeadGradients(NamedTuple):
     bias: torch.Tensor | None  # (V) float32 or float64
 
     @classmethod
-    def zeros(cls, head, columns, wanted, chunk_count):
+    def empty(cls, head, columns, wanted, chunk_count):
+        """To be added to from the first rows on, which don't read what is there."""
         hidden, weight, bias = wanted
         wide = torch.promote_types(head.hidden.dtype, torch.float32)
         dtype = head.grad_dtype or wide
-        if chunk_count == 1 and logits_dtype(head.hidden) == head.weight.dtype:
+        if chunk_count <= 1 and logits_dtype(head.hidden) == head.weight.dtype:
             dtype = head.weight.dtype  # there is nothing to add
         shape = head.hidden.shape[:-1].numel(), head.hidden.shape[-1]
-        of_weight = WeightGradient.zeros(head.weight, columns, dtype) if weight else None
+        of_weight = WeightGradient.empty(head.weight, columns, dtype) if weight else None
         return cls(
             head.hidden.new_empty(shape, dtype=wide) if hidden else None,
             of_weight and of_weight.gradient,
@@ -228,8 +253,8 @@ class HeadGradients(NamedTuple):
             head.hidden.new_zeros(columns, dtype=wide) if bias else None,
         )
 
-    def add(self, projection, chunk, grad, counts):
-        """grad (n, V) by the chunk's logits; counts (n): rows that have one, or None for all."""
+    def add(self, projection, begin, end, grad, counts):
+        """grad (n, V) by these rows' logits; counts (n): rows that have one, or None for all."""
         if self.bias is not None:
             self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
         factor = 1.0
@@ -237,16 +262,22 @@ class HeadGradients(NamedTuple):
             factor = 2.0**-8  # of what float16 would flush to 0
             grad = (grad * 2.0**8).half()
         if self.hidden is not None:
-            out = self.hidden[chunk.begin : chunk.end]
+            out = self.hidden[begin:end]
             projection.of_gradient(grad, out)
             if projection.wide:
                 out *= factor
         if self.weight is not None:
-            hidden = projection.hidden[chunk.begin : chunk.end]
+            hidden = projection.hidden[begin:end]
             if counts is not None:  # 0 times what rows hold that do not count could be NaN
                 hidden = torch.where(counts[:, None], hidden, 0)
             of_weight = WeightGradient(self.weight, self.rest, grad.shape[-1])
-            of_weight.add(grad.T, hidden, factor)
+            of_weight.add(grad.T, hidden, factor, first=begin == 0)
+
+    def zero(self):
+        """Those of no rows."""
+        for x in self:
+            if x is not None:
+                x.zero_()
 
     def times(self, factor, counts, columns, like, inplace):
         """Those of hidden (L, H) or (B, L, H), weight (V_s, H) and bias (V_s), times a factor ().
@@ -270,22 +301,33 @@ class HeadGradients(NamedTuple):
         return hidden, weight, bias
 
 
-def add_product(total, a, b, factor):
-    """total += factor · a b, in the dtype of `total`."""
+def add_product(total, a, b, factor, first):
+    """total += factor · a b, or the `first` time, =, in the dtype of `total`."""
+    beta = 0 if first else 1
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, alpha=factor, out=total)
+        torch.addmm(total, a, b, beta=beta, alpha=factor, out=total)
     elif _widens(a.device):
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, alpha=factor, out=total)
+        dtype = total.dtype
+        torch.ops.aten.addmm.dtype_out(total, a, b, dtype, beta=beta, alpha=factor, out=total)
     else:
         for begin in range(0, total.shape[0], BLOCK):
-            total[begin : begin + BLOCK] += a[begin : begin + BLOCK] @ b
+            part = a[begin : begin + BLOCK] @ b
+            block = total[begin : begin + BLOCK]
+            block.copy_(part) if first else block.add_(part)
+
+
+def scale_into(out, x, factor):
+    """out = x · factor. Where that is rounded, a CPU makes a copy of all it is given at a time."""
+    rows = BLOCK if x.device.type == "cpu" else max(len(x), 1)
+    for begin in range(0, len(x), rows):
+        torch.mul(x[begin : begin + rows], factor, out=out[begin : begin + rows])
 
 
 # ---- Teachers -----------------------------------------------------------------------------------
 
 
 class Teacher:
-    """What the row operators take of a teacher, a chunk of rows at a time."""
+    """What the row operators take of a teacher, a step at a time."""
 
     def __init__(self, teacher, objective, rows):
         self.teacher, self.objective = teacher, objective
@@ -293,14 +335,14 @@ class Teacher:
         if isinstance(teacher, LinearHead):
             self.projection = Projection(teacher, objective.vocab_size, rows)
 
-    def rows(self, chunk):
+    def rows(self, step):
         if self.teacher is None:
             return None
         if self.projection is not None:
-            return self.projection.logits(chunk)
+            return self.projection.logits(step.begin, step.end).view(*step.shape, -1)
         if not isinstance(self.teacher, Ensemble):
-            return _take(self.teacher, chunk.index)
-        members = [_take(x, chunk.index) for x in self.teacher.teachers]
+            return _take(self.teacher, step.index)
+        members = [_take(x, step.index) for x in self.teacher.teachers]
         ensemble = Ensemble(members, self.teacher.weights, self.teacher.mean)
         # Logits whose softmax at T is the mean.
         log_p = eager.log_probabilities(ensemble, None, self.objective, torch.float32)
@@ -363,13 +405,13 @@ def distill_rows_(
     objective = with_heads(objective, student, teacher)
     loss, unscale, rows = ops.new_losses(student)
     unscale.fill_(1)
-    count = chunk_rows(student, teacher, objective.vocab_size)
+    count = step_rows(student, teacher, objective.vocab_size)
     teacher = Teacher(teacher, objective, count)
-    for chunk in chunks(shape, count):
-        index = chunk.index
+    for step in steps(shape, count):
+        index = step.index
         inputs = (
             student[index],
-            teacher.rows(chunk),
+            teacher.rows(step),
             None if labels is None else labels[index],
             None if weights is None else weights[index],
             num_items,
@@ -394,26 +436,33 @@ def head_rows(head, teacher, labels, weights, wanted, want_terms, objective, bac
     shape, columns = head.hidden.shape[:-1], objective.vocab_size
     objective = replace(with_heads(objective, head, teacher), reduction="sum")
     rows = head.hidden.new_empty((3, *shape), dtype=torch.float32)
-    count = chunk_rows(head, teacher, columns)
-    parts = list(chunks(shape, count))
-    teacher = Teacher(teacher, objective, count)
-    student = Projection(head, columns, count)
-    gradients = HeadGradients.zeros(head, columns, wanted, len(parts))
+    rows_of_chunk = chunk_rows(head, columns)
+    rows_of_step = min(step_rows(head, teacher, columns), rows_of_chunk)
+    parts = list(chunks(shape, rows_of_chunk, rows_of_step))
+    teacher = Teacher(teacher, objective, rows_of_step)
+    student = Projection(head, columns, rows_of_chunk)
+    gradients = HeadGradients.empty(head, columns, wanted, len(parts))
     counts = counting(labels, weights, objective.ignore_index)
+    counts = None if counts is None else counts.flatten()
     for chunk in parts:
-        index = chunk.index
-        logits = student.logits(chunk)
-        inputs = (
-            logits,
-            teacher.rows(chunk),
-            None if labels is None else labels[index],
-            None if weights is None else weights[index],
-            None,
-        )
-        grad = logits if any(wanted) else None
-        *_, part = ops.distill_rows_(*inputs, grad, want_terms, objective, backend)
-        rows[(slice(None), *index)] = part
-        if grad is not None:
-            counted = None if counts is None else counts[index].flatten()
-            gradients.add(student, chunk, grad.flatten(0, -2), counted)
+        begin, end = chunk[0].begin, chunk[-1].end
+        logits = student.logits(begin, end)
+        for step in chunk:
+            index = step.index
+            part = logits[step.begin - begin : step.end - begin].view(*step.shape, -1)
+            inputs = (
+                part,
+                teacher.rows(step),
+                None if labels is None else labels[index],
+                None if weights is None else weights[index],
+                None,
+            )
+            grad = part if any(wanted) else None
+            losses = ops.distill_rows_(*inputs, grad, want_terms, objective, backend)
+            rows[(slice(None), *index)] = losses[-1]
+        if any(wanted):
+            counted = None if counts is None else counts[begin:end]
+            gradients.add(student, begin, end, logits, counted)
+    if not parts:
+        gradients.zero()
     return rows, gradients

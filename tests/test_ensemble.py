@@ -105,12 +105,16 @@ def test_chunks_change_nothing(compiled, rows):
     student, teacher, labels = heads(2, 4)
     _, logits, _ = problem(2, 4, teacher[1].shape[0])
     dense = logits_of(*student).float()
-    losses = []
+    found = []
     for chunk_rows in (rows, 100):
         head = LinearHead(*teacher, chunk_rows=chunk_rows)
         options = dict(temperature=2.0, reduction="none", backend=compiled)
-        losses.append(run(dense, Ensemble([head, logits]), labels, **options))
-    assert_same_bits(*zip(*losses, strict=True))
+        found.append(run(dense, Ensemble([head, logits]), labels, **options))
+    (loss, grad), (whole_loss, whole_grad) = found
+    # PyTorch's exponentials and logarithms depend in the last bit on where in a tensor they are.
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=0.0)
+    error, size = (grad - whole_grad).abs().amax(-1), whole_grad.abs().amax(-1)
+    assert (error <= 1e-6 * size).all()
 
 
 @pytest.mark.parametrize("mean", ["arithmetic", "geometric"])

@@ -130,14 +130,17 @@ def test_a_weight_of_several_blocks(compiled):
     assert_gradients_close(grads, student, ref, bias=True)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 2, 3, 5, 8, 9, 100])
+@pytest.mark.parametrize(
+    "chunk_rows", [(1, 1), (2, 2), (3, None), (5, 2), (8, 3), (9, 100), (None, 4), (100, 1)], ids=str
+)
 @pytest.mark.parametrize("lead", [(9,), (3, 4), (2, 2, 3)], ids=str)
 def test_chunks_change_no_loss(compiled, chunk_rows, lead):
+    of_student, of_teacher = chunk_rows
     student, teacher, labels = heads(*lead)
     options = dict(divergence="jsd", temperature=2.0, reduction="none", backend=compiled)
     whole_rows = run(student, LinearHead(*teacher), labels, **options)
-    options["head"] = dict(chunk_rows=chunk_rows)
-    loss, grads = run(student, LinearHead(*teacher, chunk_rows=chunk_rows), labels, **options)
+    options["head"] = dict(chunk_rows=of_student)
+    loss, grads = run(student, LinearHead(*teacher, chunk_rows=of_teacher), labels, **options)
     assert_same_bits((loss, whole_rows[0]))
     s, t = (logits_of(*x).float() for x in (student, teacher))
     del options["head"]
