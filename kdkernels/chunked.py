@@ -17,10 +17,10 @@ from .backends import eager
 from .kept import Kept
 from .sources import Ensemble, LinearHead
 
-# The rules for rows that exist at a time: as many as fit these bytes, but no fewer than keep a matrix
-# product efficient. Every chunk of the student's reads and writes all of the weight's gradient: on a
-# GPU, whose products are fast, that has to be rare. The teacher's are read at once: where a cache is
-# large enough, from there.
+# The rules for rows that exist at a time: as many as fit these bytes, but no fewer than keep a
+# matrix product efficient. Every chunk of the student's reads and writes all of the weight's
+# gradient: on a GPU, whose products are fast, that has to be rare. A teacher's logits are read as
+# soon as they are written: from a cache, where it is large enough.
 CHUNK_BYTES = {"cpu": 2**26}
 DEFAULT_CHUNK_BYTES = 3 * 2**28
 STEP_BYTES = {"cpu": 2**25}

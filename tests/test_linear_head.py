@@ -131,7 +131,9 @@ def test_a_weight_of_several_blocks(compiled):
 
 
 @pytest.mark.parametrize(
-    "chunk_rows", [(1, 1), (2, 2), (3, None), (5, 2), (8, 3), (9, 100), (None, 4), (100, 1)], ids=str
+    "chunk_rows",
+    [(1, 1), (2, 2), (3, None), (5, 2), (8, 3), (9, 100), (None, 4), (100, 1)],
+    ids=str,
 )
 @pytest.mark.parametrize("lead", [(9,), (3, 4), (2, 2, 3)], ids=str)
 def test_chunks_change_no_loss(compiled, chunk_rows, lead):
