@@ -25,7 +25,6 @@
 #pragma once
 
 #include <type_traits>
-#include <vector>
 
 #include "cpu/task.h"
 
@@ -411,18 +410,6 @@ DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const Ro
   return run(std::integral_constant<int, 0>());
 }
 
-struct alignas(64) SlopeTile {
-  Buffer values;
-};
-
-// A row of them, the thread's own.
-float* room_for_slopes(std::int64_t columns) {
-  thread_local std::vector<SlopeTile> tiles;
-  const auto count = static_cast<std::size_t>((columns + kTile - 1) / kTile);
-  if (tiles.size() < count) tiles.resize(count);
-  return tiles.data()->values;
-}
-
 // D, and with `grad` the gradient of both terms.
 template <Divergence kDivergence, Care kCare>
 double divergence(const Task& task, const Statistics& sums, double log_ratio,
@@ -435,7 +422,7 @@ double divergence(const Task& task, const Statistics& sums, double log_ratio,
           .value;
     }
   }
-  float* slopes = grad == nullptr ? nullptr : room_for_slopes(task.columns);
+  float* slopes = grad == nullptr ? nullptr : row_of_floats(task.columns);
   const DivergenceSums value = sweep<kDivergence, true, false, 0, kCare, true, false>(
       task, row, GradientFrame{}, 0, nullptr, slopes, true);
   if (grad == nullptr) return value.value;

@@ -1,10 +1,10 @@
 // A row whose teacher knows some classes only: its losses and gradient while it is in cache.
 //
 // From memory comes the student, once, and the gradient goes there once: 2 · N · V elements. Of all
-// classes that are neither kept nor the label a sweep sums e^{(s − max)/T} and e^{s − max}; a
-// second one writes their gradient, which for all of them is the same multiple of these
-// exponentials. The others, K + 1 of them, are taken out of both sweeps and computed one by one in
-// double: the mass of the rest is a sum of what is in it and not 1 less what is not.
+// classes that are neither kept nor the label a sweep sums e^{(s − max)/T} and e^{s − max}, and
+// keeps the former; a second one writes their gradient, which for all of them is the same multiple
+// of these exponentials. The others, K + 1 of them, are taken out of both sweeps and computed one
+// by one in double: the mass of the rest is a sum of what is in it and not 1 less what is not.
 #pragma once
 
 #include <cstring>
@@ -22,7 +22,7 @@ struct Single {
   std::int64_t column;
   double log_p;  // −inf for a label that the teacher does not know
   bool kept;
-  double s;     // its logit
+  double s;     // its logit, which sweep 1 finds
   double part;  // its share of the gradient
 };
 
@@ -41,18 +41,22 @@ std::vector<Single> singles_of(const Task& task) {
     singles.push_back({id, task.kept.log_p[k], true, 0, 0});
   }
   if (label_pending) add_label();
-  for (Single& single : singles) single.s = task.student.logit(single.column);
   return singles;
 }
 
-// body(single, its place in the tile) for those among the columns [begin, begin + n).
-template <typename Body>
-void for_each_single(std::vector<Single>& singles, std::int64_t begin, std::int64_t n,
-                     const Body& body) {
-  auto it = std::lower_bound(
-      singles.begin(), singles.end(), begin,
-      [](const Single& single, std::int64_t column) { return single.column < column; });
-  for (; it != singles.end() && it->column < begin + n; ++it) body(*it, it->column - begin);
+struct Singles {
+  Single *first, *last;
+  Single* begin() const { return first; }
+  Single* end() const { return last; }
+};
+
+// Those among the columns [begin, begin + n).
+Singles within(std::vector<Single>& singles, std::int64_t begin, std::int64_t n) {
+  const auto from = [&](std::int64_t column) {
+    const auto before = [](const Single& single, std::int64_t at) { return single.column < at; };
+    return std::lower_bound(singles.data(), singles.data() + singles.size(), column, before);
+  };
+  return {from(begin), from(begin + n)};
 }
 
 // ---- Sweep 1 ----------------------------------------------------------------------------------
@@ -62,49 +66,80 @@ struct Others {
   float max = -kInfinity;
   double z = 0;       // Σ e^{(s − max)/T}
   double z_hard = 0;  // Σ e^{s − max}
+  // e^{(s − m)/T}, 0 for singles; and tile by tile m, the maximum so far.
+  float* exponentials = nullptr;
+  std::vector<float> maxima;
 };
 
-// kHard: at T ≠ 1, where e^{s − max} is another exponential.
-template <bool kHard>
-void add_others(const float* s, std::int64_t n, TwoFloats rate, Others& others) {
-  const float max = anchor(others.max);
-  const auto at = [&](std::int64_t i, TwoFloats per) __attribute__((always_inline)) {
-    const TwoFloats x = two_diff(s[i], max);
-    return exp_of<true>(x.hi, x.lo, per);
-  };
-  float z = 0, z_hard = 0;
-  const std::int64_t part = n / 4;
-#pragma omp simd reduction(+ : z, z_hard)
-  for (std::int64_t i = 0; i < part; ++i) {
-    z += (at(i, rate) + at(i + part, rate)) + (at(i + 2 * part, rate) + at(i + 3 * part, rate));
-    if constexpr (kHard) {
-      z_hard += (at(i, kUnitRate) + at(i + part, kUnitRate)) +
-                (at(i + 2 * part, kUnitRate) + at(i + 3 * part, kUnitRate));
-    }
+// A tile without its singles, which are mostly the highest of a row.
+const float* without(Singles singles, const float* s, std::int64_t begin, std::int64_t n,
+                     Buffer& buffer) {
+  for (const Single& single : singles) {
+    if (s != buffer) s = std::copy_n(s, n, buffer) - n;
+    buffer[single.column - begin] = -kInfinity;
   }
-  others.z += z;
-  others.z_hard += kHard ? z_hard : z;
+  return s;
+}
+
+struct TileSum {
+  float z, peak;  // Σ e^{(s − max)/T}, and the largest summand: above 1 where a logit is above max
+};
+
+TileSum sum_tile(const float* s, std::int64_t begin, std::int64_t n, float max, TwoFloats rate,
+                 Singles singles, float* out) {
+  const float highest = 1 / rate.hi;  // an exponential of more would not be one
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const TwoFloats x = two_diff(s[i], max);
+    out[i] = exp_of<true>(x.hi > highest ? highest : x.hi, x.lo, rate);
+  }
+  for (const Single& single : singles) out[single.column - begin] = 0;
+  float z = 0, peak = 0;
+  const std::int64_t part = n / 4;
+#pragma omp simd reduction(+ : z) reduction(max : peak)
+  for (std::int64_t i = 0; i < part; ++i) {
+    const float a = out[i], b = out[i + part], c = out[i + 2 * part], d = out[i + 3 * part];
+    z += (a + b) + (c + d);
+    const float left = a > b ? a : b, right = c > d ? c : d;
+    const float largest = left > right ? left : right;
+    peak = largest > peak ? largest : peak;
+  }
+  return {z, peak};
 }
 
 Others sum_others(const Task& task, std::vector<Single>& singles) {
   Others others;
-  alignas(64) Buffer buffer;
+  others.exponentials = row_of_floats(task.columns);
+  others.maxima.reserve(static_cast<std::size_t>((task.columns + kTile - 1) / kTile));
+  alignas(64) Buffer buffer, rest;
   for_each_tile(task.columns, false, [&](std::int64_t begin, std::int64_t n) {
     const std::int64_t padded = Side::padded(n);
     const float* s = task.student.tile(begin, n, buffer);
-    for_each_single(singles, begin, n, [&](const Single&, std::int64_t place) {
-      if (s != buffer) s = std::copy_n(s, padded, buffer) - padded;
-      buffer[place] = -kInfinity;
-    });
-    const float max = std::max(others.max, tile_max(s, padded));
-    if (max > others.max && others.max > -kInfinity) {
-      const double drop = static_cast<double>(others.max) - max;
-      others.z *= std::exp(drop / task.temperature);
-      others.z_hard *= std::exp(drop);
+    const Singles here = within(singles, begin, n);
+    for (Single& single : here) single.s = s[single.column - begin];
+    const auto raise = [&] {
+      const float max =
+          std::max(others.max, tile_max(without(here, s, begin, padded, rest), padded));
+      if (max > others.max && others.max > -kInfinity) {
+        const double drop = static_cast<double>(others.max) - max;
+        others.z *= std::exp(drop / task.temperature);
+        others.z_hard *= std::exp(drop);
+      }
+      others.max = max;
+    };
+    const auto sum = [&](TwoFloats rate, float* out) {
+      return sum_tile(s, begin, padded, anchor(others.max), rate, here, out);
+    };
+    // The maximum so far is taken to hold for this tile too: it mostly does.
+    if (others.max == -kInfinity) raise();
+    TileSum tile = sum(task.rate, others.exponentials + begin);
+    if (tile.peak > 1) {
+      raise();
+      tile = sum(task.rate, others.exponentials + begin);
     }
-    others.max = max;
-    task.hard&& task.power != 1 ? add_others<true>(s, padded, task.rate, others)
-                                : add_others<false>(s, padded, task.rate, others);
+    others.maxima.push_back(others.max);
+    others.z += tile.z;
+    others.z_hard += task.hard && task.power != 1 ? sum(kUnitRate, rest).z : tile.z;
   });
   return others;
 }
@@ -139,10 +174,7 @@ double exact_z(const Task& task, std::vector<Single>& singles, float max) {
   double z = 0;
   for_each_tile(task.columns, true, [&](std::int64_t begin, std::int64_t n) {
     const float* s = task.student.tile(begin, n, buffer);
-    for_each_single(singles, begin, n, [&](const Single&, std::int64_t place) {
-      if (s != buffer) s = std::copy_n(s, n, buffer) - n;
-      buffer[place] = -kInfinity;
-    });
+    s = without(within(singles, begin, n), s, begin, n, buffer);
 #pragma omp simd reduction(+ : z)
     for (std::int64_t i = 0; i < n; ++i) z += exp_wide((static_cast<double>(s[i]) - max) * rate);
   });
@@ -233,24 +265,11 @@ double hard_singles(const Task& task, const KeptSums& sums, double highest, doub
 
 // ---- Sweep 2 ----------------------------------------------------------------------------------
 
-template <bool kHard>
-void write_others(const float* s, std::int64_t n, float max, TwoFloats rate, float distill,
-                  float hard, float smoothing, float* out) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float x = s[i] - max;
-    float part = distill * exp_of(x, rate) - smoothing;
-    if constexpr (kHard) part += hard * exp_of(x, kUnitRate);
-    out[i] = part;
-  }
-}
-
 // The gradient, times grad.scale; where it is only measured, the largest |entry|.
 float write_kept_gradient(const Task& task, const Others& others, std::vector<Single>& singles,
                           OtherShares shares, const GradientTask& grad) {
-  const bool two = task.hard && task.power != 1;
+  const bool two = task.hard && task.power != 1;  // e^s is no e^{s/T}
   if (!two) shares.distill += shares.hard;
-  const auto distill = static_cast<float>(grad.scale * shares.distill);
   const auto hard = static_cast<float>(grad.scale * shares.hard);
   const double smoothed = task.label_smoothing / static_cast<double>(task.columns);
   const auto smoothing = static_cast<float>(task.hard ? grad.scale * grad.hard * smoothed : 0);
@@ -258,15 +277,27 @@ float write_kept_gradient(const Task& task, const Others& others, std::vector<Si
   alignas(64) Buffer buffer, slopes, buffer_out;
   float peak = 0;
   for_each_tile(task.columns, true, [&](std::int64_t begin, std::int64_t n) {
-    const float* s = task.student.tile(begin, n, buffer);
     const bool direct = grad.row != nullptr && grad.dtype == DType::kFloat32;
     float* out = direct ? static_cast<float*>(grad.row) + begin : buffer_out;
+    // Before they may be overwritten.
+    const float* s = two ? task.student.tile(begin, n, buffer) : nullptr;
     if (changes(task.student.cap)) task.student.slopes(begin, n, slopes);
-    two ? write_others<true>(s, n, max, task.rate, distill, hard, smoothing, out)
-        : write_others<false>(s, n, max, task.rate, distill, hard, smoothing, out);
-    for_each_single(singles, begin, n, [&](const Single& single, std::int64_t place) {
-      out[place] = static_cast<float>(grad.scale * single.part);
-    });
+    const float* e = others.exponentials + begin;
+    const double drop = static_cast<double>(others.maxima[begin / kTile]) - max;
+    const auto distill =
+        static_cast<float>(grad.scale * shares.distill * std::exp(drop / task.temperature));
+    if (two) {
+#pragma omp simd
+      for (std::int64_t i = 0; i < n; ++i) {
+        out[i] = distill * e[i] - smoothing + hard * exp_of(s[i] - max, kUnitRate);
+      }
+    } else {
+#pragma omp simd
+      for (std::int64_t i = 0; i < n; ++i) out[i] = distill * e[i] - smoothing;
+    }
+    for (const Single& single : within(singles, begin, n)) {
+      out[single.column - begin] = static_cast<float>(grad.scale * single.part);
+    }
     if (changes(task.student.cap)) {
 #pragma omp simd
       for (std::int64_t i = 0; i < n; ++i) out[i] *= slopes[i];

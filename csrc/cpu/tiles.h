@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "common/cap.h"
 #include "common/rows.h"
@@ -115,6 +116,17 @@ void for_each_tile(std::int64_t columns, bool backward, const Body& body) {
 
 // What differences are taken from: the maximum, or 0 while everything is −inf.
 float anchor(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
+
+// A row of floats that one sweep leaves for another, in cache: the thread's own, whole tiles.
+float* row_of_floats(std::int64_t columns) {
+  struct alignas(64) Tile {
+    Buffer values;
+  };
+  thread_local std::vector<Tile> tiles;
+  const auto count = static_cast<std::size_t>((columns + kTile - 1) / kTile);
+  if (tiles.size() < count) tiles.resize(count);
+  return tiles.data()->values;
+}
 
 float tile_min(const float* x, std::int64_t n) { return *std::min_element(x, x + n); }
 
