@@ -159,6 +159,17 @@ def test_a_tail_without_cancellation(exact, dtype, name, margin):
     check(exact, student, TopK(ids, logprobs), labels, divergence=name, check_blind=False)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("step", [3.0, 100.0, 260.0, -30.0])
+def test_classes_of_any_height(exact, dtype, step, temperature):
+    """A row's highest logit may come late, and what came before it was nothing beside it."""
+    student, teacher, labels = problem(4, 2600)
+    student = (student + step * (torch.arange(2600) // 500)).to(dtype)
+    source = TopK(*top(teacher, K), tail="bucket" if temperature == 1 else "renormalize")
+    options = dict(temperature=temperature, alpha=0.4, reduction="none", check_blind=False)
+    check(exact, student, source, labels, **options)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("k", [1, 100])
 @pytest.mark.parametrize("noise", [1e-2, 3e-4])
