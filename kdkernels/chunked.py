@@ -17,15 +17,15 @@ from .backends import eager
 from .kept import Kept
 from .sources import Ensemble, LinearHead
 
-# The rules for rows that exist at a time: as many as fit these bytes, but no fewer than keep a
-# matrix product efficient. Every chunk of the student's reads and writes all of the weight's
-# gradient: on a GPU, whose products are fast, that has to be rare. A teacher's logits are read as
-# soon as they are written: from a cache, where it is large enough.
+# The rule for rows that exist at a time: as many times ROWS as fit these bytes, but no fewer. A
+# product of them is efficient: they are whole tiles of it. Every chunk of the student's reads and
+# writes all of the weight's gradient: on a GPU, whose products are fast, that has to be rare. A
+# teacher's logits are read as soon as they are written: from a cache, where it is large enough.
 CHUNK_BYTES = {"cpu": 2**26}
-DEFAULT_CHUNK_BYTES = 3 * 2**28
+DEFAULT_CHUNK_BYTES = 2**29
 STEP_BYTES = {"cpu": 2**25}
-DEFAULT_STEP_BYTES = 2**28
-MIN_ROWS = 128
+DEFAULT_STEP_BYTES = 2**27
+ROWS = 128
 BLOCK = 1024  # rows of a weight or of its gradient at a time, where they have to be converted
 FIRST_ROWS = 64  # of a gradient that is rounded in place
 
@@ -44,7 +44,7 @@ def chunk_rows(head, columns):
     if head.chunk_rows is not None:
         return head.chunk_rows
     budget = CHUNK_BYTES.get(head.hidden.device.type, DEFAULT_CHUNK_BYTES)
-    return max(budget // (columns * logits_dtype(head.hidden).itemsize), MIN_ROWS)
+    return _rows(budget, columns * logits_dtype(head.hidden).itemsize)
 
 
 def step_rows(student, teacher, columns):
@@ -57,8 +57,11 @@ def step_rows(student, teacher, columns):
     if isinstance(teacher, Ensemble):
         row_bytes += 3 * columns * 4  # a member's logits and log-probabilities, and the mean
     device = student.hidden.device if isinstance(student, LinearHead) else student.device
-    budget = STEP_BYTES.get(device.type, DEFAULT_STEP_BYTES)
-    return max(budget // max(row_bytes, 1), MIN_ROWS)
+    return _rows(STEP_BYTES.get(device.type, DEFAULT_STEP_BYTES), row_bytes)
+
+
+def _rows(budget, row_bytes):
+    return max(budget // (ROWS * max(row_bytes, 1)), 1) * ROWS
 
 
 def steps(shape, rows):

@@ -36,6 +36,7 @@ PYTHON_TESTS = (
     "tests/test_hazards.py",
     "tests/test_padding_and_shift.py",
     "tests/test_functional.py",
+    "tests/test_sparse.py",
     "tests/test_autograd.py",
     "tests/test_regressions_objective.py",
     "tests/test_exactness.py::test_n1_a_difference_that_one_float_does_not_hold",
