@@ -36,6 +36,7 @@ from kdkernels.kept import keep
 SHAPES, TOPK_SHAPES = ("1024x512x32000", "2048x1024x65536"), ("1024x32000", "256x128256")
 QUICK_SHAPES, QUICK_TOPK_SHAPES = ("48x16x1000",), ("8x1000",)
 THREADS, ROUNDS, QUICK_THREADS, QUICK_ROUNDS = 2, 5, 1, 3
+TOPK_ROUNDS = 5  # as many rounds of what takes milliseconds, for each of what takes seconds
 PATIENCE = 120
 K, ALPHA = 64, 0.5  # of the top-k
 BETAS = {"jsd": 0.5, "forward_kl": 0.0}
@@ -472,9 +473,10 @@ def measure(case, settings):
         steps[name], lines[name] = yardstick(problem), record(case, name, status="ok")
         seconds[name] = [seconds_of(steps[name])]
 
-    harness.say(f"{case.title}: {settings.rounds} rounds")
+    rounds = settings.rounds * (TOPK_ROUNDS if case.part == "topk" else 1)
+    harness.say(f"{case.title}: {rounds} rounds")
     again = {name: step for name, step in steps.items() if seconds[name][0] <= settings.patience}
-    seconds.update(harness.interleave(again, settings.rounds))
+    seconds.update(harness.interleave(again, rounds))
     for name in steps:
         lines[name].update(speed(name, seconds))
     steps.clear()
@@ -652,8 +654,9 @@ def markdown(records, judged, settings, machine):
         f"{on(settings.threads)} of {machine['cpu']} ({machine['instruction set']}), torch "
         f"{machine['torch']}, {peers}, kdkernels {machine['kdkernels']} ({machine['commit']}), "
         f"{machine['date']}. Forward and backward; medians and extremes of {settings.rounds} "
-        "rounds in turns; ratios are taken within each round. Extra MB is the peak beyond inputs "
-        "and gradients, also in % of one float32 logit matrix.",
+        f"rounds in turns, of top-k {settings.rounds * TOPK_ROUNDS}; ratios are taken within each "
+        "round. Extra MB is the peak beyond inputs and gradients, also in % of one float32 logit "
+        "matrix.",
         harness.markdown_table(TARGET_HEADER, target_rows(judged)),
     ]
     for heading, timed, others in tables(records):
@@ -680,6 +683,12 @@ def versions():
     return found
 
 
+def kinds(settings):
+    """Of problems, where it is not all of them: a run of its own has files of its own."""
+    found = [part for part in settings.parts if part != "memory"]
+    return found if len(found) == 1 else []
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(
         description="kd_loss on hidden states and on top-k teachers: correctness, time and memory.",
@@ -690,7 +699,9 @@ def parse(argv):
     parser.add_argument("--shapes", nargs="+", metavar="NxHxV", help=f"{SHAPES} by default")
     parser.add_argument("--topk-shapes", nargs="+", metavar="NxV", help=f"{TOPK_SHAPES} by default")
     parser.add_argument("--threads", type=int, help=f"{THREADS} by default")
-    parser.add_argument("--rounds", type=int, help=f"{ROUNDS} by default")
+    parser.add_argument(
+        "--rounds", type=int, help=f"{ROUNDS} by default; of top-k {TOPK_ROUNDS} times as many"
+    )
     parser.add_argument(
         "--patience",
         type=float,
@@ -746,7 +757,7 @@ def main(argv=None):
             "targets": judged,
             "rows": records,
         }
-        name = f"sources-{harness.slug(machine['cpu'])}"
+        name = "-".join(["sources", *kinds(settings), harness.slug(machine["cpu"])])
         page = markdown(records, judged, settings, machine)
         harness.write(settings.out, name, document, page)
         print(f"\nwritten: {name}.csv, .json and .md")

@@ -34,7 +34,9 @@ kdk::test::Operators operators_on(const Limits& device, std::uint64_t seed) {
 int main() {
   const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   for (const Limits& device : kDevices) {
-    kdk::test::test_kept_operator(operators_on(device, 0).distill, {33, 300});
+    for (std::uint64_t seed = 0; seed < kSeeds; ++seed) {
+      kdk::test::test_kept_operator(operators_on(device, seed).distill, {33, 300});
+    }
     for (DType student : dtypes) {
       for (DType teacher : dtypes) {
         // One block, several, and some that have no columns; aligned and not.
