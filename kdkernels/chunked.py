@@ -263,7 +263,7 @@ class HeadGradients(NamedTuple):
         factor = 1.0
         if projection.wide:
             factor = 2.0**-8  # of what float16 would flush to 0
-            grad = (grad * 2.0**8).half()
+            grad = grad.mul_(2.0**8).half()
         if self.hidden is not None:
             out = self.hidden[begin:end]
             projection.of_gradient(grad, out)
