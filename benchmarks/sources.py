@@ -68,18 +68,20 @@ class HeadProblem:
     teacher_weight: torch.Tensor  # (V, H)
 
 
-def make_heads(rows, width, vocab, dtype):
+def make_heads(rows, width, vocab, dtype, device="cpu"):
     """Hidden states and weights whose logits are shaped like a language model's.
 
     A first coordinate that is 1 carries the Zipfian bulk, the others what differs between tokens.
+    They are drawn on the device: a weight has up to half a billion numbers.
     """
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=g)
+        return torch.randn(*shape, generator=g, device=device)
 
     teacher_hidden, teacher_weight = normal(rows, width), normal(vocab, width) * 2 / width**0.5
-    teacher_weight[:, 0] = -(torch.randperm(vocab, generator=g) + 1.0).log()
+    ranks = torch.randperm(vocab, generator=g, device=device) + 1.0
+    teacher_weight[:, 0] = -ranks.log()
     hidden = 0.9 * teacher_hidden + 0.4 * normal(rows, width)
     weight = teacher_weight + normal(vocab, width) * 0.5 / width**0.5
     hidden[:, 0] = teacher_hidden[:, 0] = 1
@@ -607,8 +609,8 @@ def cells(case, line):
     return row
 
 
-def tables(records):
-    """(heading, rows under HEADER, what was not timed and why) of every problem."""
+def tables(records, case_of=case_of, cells=cells):
+    """(heading, rows of cells, what was not timed and why) of every problem."""
     groups = {}
     for line in records:
         groups.setdefault(problem_of(line), []).append(line)

@@ -21,7 +21,7 @@ import torch
 from dense import number
 from dense_cuda import Variant, checked_rows, imported, kdkernels_loss, percent, take_turns, turn
 from harness import Missing, Problem
-from sources import BETAS, HeadProblem, K, problem_of, shape_of
+from sources import BETAS, K, problem_of, shape_of
 
 from kdkernels import LinearHead, TopK, kd_loss
 
@@ -44,25 +44,6 @@ ROUNDINGS = {"": lambda logits: logits, "rounded_": lambda logits: logits.bfloat
 
 
 # What is computed
-
-
-def make_heads(rows, width, vocab, device):
-    """As `sources.make_heads`, but drawn on the device: a weight has half a billion numbers."""
-    g = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, device=device)
-
-    teacher_hidden, teacher_weight = normal(rows, width), normal(vocab, width) * 2 / width**0.5
-    ranks = torch.randperm(vocab, generator=g, device=device) + 1.0
-    teacher_weight[:, 0] = -ranks.log()
-    hidden = 0.9 * teacher_hidden + 0.4 * normal(rows, width)
-    weight = teacher_weight + normal(vocab, width) * 0.5 / width**0.5
-    hidden[:, 0] = teacher_hidden[:, 0] = 1
-    hidden, weight, *teacher = (
-        x.to(torch.bfloat16) for x in (hidden, weight, teacher_hidden, teacher_weight)
-    )
-    return HeadProblem(hidden.requires_grad_(), weight.requires_grad_(), *teacher)
 
 
 class Copy(dense_cuda.Copy):
@@ -156,7 +137,7 @@ class Heads(sources.Heads):
         return 4 * 2 * math.prod(self.shape)
 
     def problem(self, device):
-        return make_heads(*self.shape, device)
+        return sources.make_heads(*self.shape, torch.bfloat16, device)
 
     def checked(self):
         """Of which tokens and of which classes the gradients are checked."""
@@ -450,20 +431,10 @@ def cells(case, line):
 
 def tables(records):
     """(heading, header, rows under it, what was not timed and why) of every problem."""
-    groups = {}
-    for line in records:
-        groups.setdefault(problem_of(line), []).append(line)
-    for lines in groups.values():
-        case = case_of(lines[0])
-        timed = [cells(case, line) for line in lines if line["status"] == "ok"]
+    for heading, timed, others in sources.tables(records, case_of, cells):
         used = [i for i in range(len(HEADER)) if i == 0 or any(row[i] for row in timed)]
-        others = [
-            f"{sources.title(case, line['variant'])}: {line['status']}"
-            for line in lines
-            if line["status"] != "ok"
-        ]
         header, *timed = [[row[i] for i in used] for row in (HEADER, *timed)]
-        yield case.title, header, timed, others
+        yield heading, header, timed, others
 
 
 TARGET_HEADER = ["target", "", "limit", "measured", ""]
