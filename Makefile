@@ -3,12 +3,13 @@
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-versions mutants lint bench gpu-check clean
+.PHONY: demo test test-versions mutants lint bench pages kernel-report gpu-check clean
 
 PYTHON ?= python3
 OUT ?= benchmarks/results
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BENCH := PYTHONPATH=$(VENV)/peers $(VENV)/bin/python -m kdkernels bench
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 VERSIONS := oldest newest
 oldest := torch==2.11.0 triton==3.6.0 numpy==2.3.5
@@ -36,12 +37,32 @@ mutants: $(VENV)/kdkernels.stamp
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
+	find csrc benchmarks/stages \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
 		xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
 
-bench: $(VENV)/kdkernels.stamp
-	$(VENV)/bin/python benchmarks/dense.py
-	$(VENV)/bin/python benchmarks/sources.py
+# What is published, an hour: all suites, how their cost grows, and the pages that quote them.
+bench: $(VENV)/kdkernels.stamp $(VENV)/peers.stamp
+	$(BENCH) --out $(OUT)
+	$(BENCH) dense linear sparse --scale rows --out $(OUT)
+	$(BENCH) dense linear sparse --scale vocab --out $(OUT)
+	$(BENCH) sparse --scale k --out $(OUT)
+	$(BENCH) dense linear sparse --scale threads --out $(OUT)
+	$(MAKE) pages
+
+# The tables of README.md and docs/ are those of the result files, word for word.
+pages: $(VENV)/kdkernels.stamp
+	$(VENV)/bin/python -m benchmarks.model
+	$(BENCH) --include README.md docs/performance.md
+
+# Other libraries, next to the environment and not in it.
+$(VENV)/peers.stamp: $(VENV)/bin/python benchmarks/peers/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		--target $(VENV)/peers --no-deps -r benchmarks/peers/requirements.txt
+	@touch $@
+
+# What the CUDA kernels' machine code executes for an element; no GPU needed, a minute or two.
+kernel-report: $(VENV)/kdkernels.stamp
+	$(VENV)/bin/python -m benchmarks.kernel_report
 
 # For a machine with a GPU, no network needed: build with CUDA, test and measure, results in $(OUT).
 gpu-check:

@@ -11,12 +11,16 @@ import io
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-import harness
 import torch
 
 from kdkernels import kd_loss
 
+from .peers.base import Missing
+from .report import text_table
+
+ROOT = Path(__file__).resolve().parent.parent
 ROWS = 1024  # three matrices of 64 MB at the smallest width: more than an L2 cache holds
 WIDTHS = (32000, 50257, 128256, 262144)
 KERNEL = "distill_kernel"
@@ -46,7 +50,7 @@ def parse(text):
 
 
 def table(counts):
-    """Rows for `harness.text_table`: what moved, of what has to."""
+    """Rows for `text_table`: what moved, of what has to."""
     rows = []
     for width, (read, written) in counts.items():
         matrix = 2 * ROWS * width
@@ -62,16 +66,17 @@ def table(counts):
 
 
 def measure(width):
-    """(bytes read, bytes written) of one call; harness.Missing where nothing can count them."""
+    """(bytes read, bytes written) of one call; Missing where nothing can count them."""
     ncu = shutil.which("ncu")
     if ncu is None:
-        raise harness.Missing("no ncu on this machine")
+        raise Missing("no ncu on this machine")
     command = [ncu, "--csv", "--clock-control", "none", "--metrics", f"{READ},{WRITTEN}"]
-    command += ["--kernel-name", f"regex:{KERNEL}", sys.executable, __file__, "--call", str(width)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command += ["--kernel-name", f"regex:{KERNEL}", sys.executable, "-m", "benchmarks.traffic"]
+    command += ["--call", str(width)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if result.returncode or '"ID"' not in result.stdout:
         lines = (result.stdout + result.stderr).strip().splitlines()
-        raise harness.Missing(f"ncu cannot count: {lines[-1] if lines else 'it says nothing'}")
+        raise Missing(f"ncu cannot count: {lines[-1] if lines else 'it says nothing'}")
     return parse(result.stdout)[-1]
 
 
@@ -85,12 +90,12 @@ def main(arguments=None):
         sys.exit("traffic.py needs a GPU: torch sees no CUDA device")
     try:
         counts = {width: measure(width) for width in WIDTHS}
-    except harness.Missing as missing:
+    except Missing as missing:
         print(f"bytes not counted: {missing}")
         return None
     header = ["V", "read", "written", "of 3 N V"]
     print(f"bytes moved, in matrices of {ROWS:,} x V bfloat16 (one pass: 2 read, 1 written)")
-    print(harness.text_table(header, table(counts)))
+    print(text_table(header, table(counts)))
     return None
 
 

@@ -1,10 +1,13 @@
-"""The command line: `python -m kdkernels distill` and `python -m kdkernels info`.
+"""The command line: `python -m kdkernels distill`, `bench` and `info`.
 
-Exit codes: 0 done, 2 a wrong argument or file (one line on stderr says which), 130 interrupted.
+Exit codes: 0 done, 1 what `bench` found wrong, 2 a wrong argument or file (one line on stderr says
+which), 130 interrupted.
 """
 
 import argparse
+import importlib
 import sys
+from pathlib import Path
 
 from . import info
 from .distill import digits, digits_demo
@@ -21,10 +24,18 @@ def main(argv=None):
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_distill(commands)
+    # Its arguments are those of benchmarks/command.py, help included.
+    commands.add_parser(
+        "bench", help="measure losses: correctness, time and memory", add_help=False
+    ).set_defaults(run=_bench)
     commands.add_parser(
         "info", help="print what was built, what is usable now and why the rest is not"
     ).set_defaults(run=_info)
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
+    if arguments.command == "bench":
+        arguments.others = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
@@ -103,6 +114,19 @@ def _distill(arguments):
         return 2
     demo.run()
     return 0
+
+
+def _bench(arguments):
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "command.py").is_file():
+        print(
+            "python -m kdkernels bench: error: the benchmarks come with the source, not with the "
+            f"installed package, and {root} has none: run it in a checkout of kdkernels",
+            file=sys.stderr,
+        )
+        return 2
+    sys.path.insert(0, str(root))
+    return importlib.import_module("benchmarks.command").main(arguments.others)
 
 
 def _info(arguments):

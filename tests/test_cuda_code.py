@@ -1,15 +1,14 @@
 """The machine code of the CUDA kernels, read without a GPU: what they use, and what they do not."""
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from benchmarks.machine_code import cuobjdump, instructions, resources, tool
 from kdkernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,45 +19,11 @@ def nvcc():
     return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
 
 
-def tool(name):
-    """A program of the CUDA toolkit, from there or from the triton wheel, which carries it."""
-    triton = importlib.util.find_spec("triton")
-    folders = [Path(triton.origin).parent / "backends" / "nvidia" / "bin"] if triton else []
-    return shutil.which(name, path=os.pathsep.join(map(str, folders))) or shutil.which(name)
-
-
 WITHOUT_CUDA = native._C is None or not native._C.build_info()["cuda_version"]
 pytestmark = [
     pytest.mark.skipif(WITHOUT_CUDA, reason="kdkernels._C was built without CUDA"),
     pytest.mark.skipif(tool("cuobjdump") is None, reason="no cuobjdump: pip install triton"),
 ]
-
-
-def cuobjdump(*arguments):
-    folder = os.path.dirname(tool("nvdisasm") or "")  # which cuobjdump calls
-    result = subprocess.run(
-        [tool("cuobjdump"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": os.pathsep.join([folder, os.environ["PATH"]])},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def resources(module):
-    """{(architecture, kernel): {"REG": …, "STACK": …, …}} of all machine code in a file."""
-    found, arch, kernel = {}, None, None
-    for line in cuobjdump("-res-usage", module).splitlines():
-        if match := re.match(r"arch = (\w+)", line):
-            arch = match[1]
-        elif match := re.match(r"\s*Function (\w+):", line):
-            kernel = match[1]
-        elif kernel and "REG:" in line:
-            usage = re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", line)
-            found[arch, kernel] = {name: int(value) for name, value in usage}
-            kernel = None
-    return found
 
 
 def check_resources(found):
@@ -68,17 +33,6 @@ def check_resources(found):
         assert usage["STACK"] == 0 and usage["LOCAL"] == 0, (key, usage)
         # distill.cu promises two blocks of 256 threads on a multiprocessor of 65,536 registers.
         assert usage["REG"] <= 128, (key, usage)
-
-
-def instructions(module, arch):
-    """How often each instruction occurs in a file's code for an architecture, per kernel."""
-    kernels, kernel = {}, None
-    for line in cuobjdump("-sass", "-arch", arch, module).splitlines():
-        if match := re.match(r"\s*Function : (\w+)", line):
-            kernel = kernels.setdefault(match[1], Counter())
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
-            kernel[match[1]] += 1
-    return kernels
 
 
 def of_kept_classes(kernel):

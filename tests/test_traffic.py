@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
 
 # As ncu prints it, after the words of the program and its own.
 HEAD = '"ID","Process Name","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
@@ -14,8 +14,8 @@ LINE = '"{}","python3.12","void kdk::gpu::{}(…)","{}","{}","{}"\n'
 
 @pytest.fixture
 def traffic(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("traffic")
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.traffic")
 
 
 def test_the_launches_of_the_kernel_are_found(traffic):

@@ -1,0 +1,1 @@
+"""Microbenchmarks of the distillation loss: `python -m kdkernels bench`, read README.md."""

@@ -1,0 +1,174 @@
+"""A step of training, all of it: how much of it is the loss?
+
+A small transformer of H dimensions learns from a frozen one of twice as many: both models, the
+loss, its gradient back to all parameters, AdamW. A loss of `linear` gets both heads, one of `dense`
+the logits they make. The optimiser's rate is 0, so that every call computes the same.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from kdkernels import kd_loss
+
+from ..case import Case, Definition, Inputs
+from ..peers import variants_of
+from .dense import Logits
+from .linear import Heads
+
+LENGTH = 128  # tokens of a sequence
+LAYERS = {"student": 2, "teacher": 4}
+
+
+class Model(nn.Module):
+    """A decoder of a language model and its head."""
+
+    def __init__(self, vocab, width, layers):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, width)
+        self.position = nn.Parameter(0.02 * torch.randn(LENGTH, width))
+        layer = nn.TransformerEncoderLayer(
+            width, max(width // 64, 1), 4 * width, 0.0, batch_first=True, norm_first=True
+        )
+        self.body = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), False)
+        self.head = nn.Linear(width, vocab, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=2 / width**0.5)
+
+    def forward(self, tokens):  # (B, L) -> hidden states (B · L, H)
+        mask = nn.Transformer.generate_square_subsequent_mask(
+            tokens.shape[1], tokens.device, self.position.dtype
+        )
+        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        return self.body(x, mask, is_causal=True).flatten(0, 1)
+
+
+@dataclass
+class Training(Inputs):
+    student: Model
+    teacher: Model
+    tokens: torch.Tensor  # (B, L) int64
+    labels: torch.Tensor  # (B · L,) int64, the token that follows
+    optimizer: torch.optim.Optimizer
+
+    def leaves(self):
+        return list(self.student.parameters())
+
+    def update(self):
+        self.optimizer.step()
+
+    def heads(self):
+        with torch.no_grad():
+            of_teacher = self.teacher(self.tokens)
+        weight = self.teacher.head.weight
+        hidden = self.student(self.tokens)
+        return Heads(hidden, self.student.head.weight, of_teacher, weight, self.labels)
+
+    def logits(self):
+        x = self.heads()
+        with torch.no_grad():
+            teacher = x.teacher_hidden @ x.teacher_weight.T
+        return Logits(x.hidden @ x.weight.T, teacher, self.labels)
+
+
+class Trained:
+    """A loss of another suite as one of a training step."""
+
+    def __init__(self, variant, form):
+        self.make_loss, self.form = variant.make, form
+
+    def __call__(self, case):
+        loss, form = self.make_loss(case), self.form
+
+        def step(x):
+            return loss(getattr(x, form)())
+
+        return step
+
+
+class ModelsAlone:
+    """The yardstick: both models without heads, the student's backward pass, the optimiser."""
+
+    title = "the models without heads"
+
+    def __init__(self, case, inputs):
+        self.inputs = inputs
+        self.upstream = torch.ones_like(inputs.student(inputs.tokens))
+
+    def prepare(self):
+        for leaf in self.inputs.leaves():
+            leaf.grad = None
+
+    def run(self):
+        self.prepare()
+        with torch.no_grad():
+            self.inputs.teacher(self.inputs.tokens)
+        self.inputs.student(self.inputs.tokens).backward(self.upstream)
+        self.inputs.update()
+
+
+@dataclass(frozen=True)
+class Loop(Case):
+    hidden: int = 256
+
+    suite, base = "loop", "native-heads"
+    variants = {
+        f"{name}-{form}": replace(
+            variant, title=f"{variant.title}, {form}", make=Trained(variant, form)
+        )
+        for suite, form in (("linear", "heads"), ("dense", "logits"))
+        for name, variant in variants_of(suite).items()
+        if not variant.overwrites
+    }
+
+    def __post_init__(self):
+        if self.rows % LENGTH:
+            raise ValueError(f"rows={self.rows}: loop takes sequences of {LENGTH} tokens")
+
+    @property
+    def shape(self):
+        return f"{self.rows:,} × {self.hidden:,} × {self.vocab:,}"
+
+    @property
+    def yardsticks(self):
+        return {"models": ModelsAlone}
+
+    def small(self):
+        return replace(self, rows=LENGTH, hidden=64, vocab=512)
+
+    def draw(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            student = Model(self.vocab, self.hidden, LAYERS["student"])
+            teacher = Model(self.vocab, 2 * self.hidden, LAYERS["teacher"])
+            tokens = torch.randint(self.vocab, (self.rows // LENGTH, LENGTH + 1))
+        student, teacher = (m.to(self.device, self.torch_dtype) for m in (student, teacher))
+        tokens = tokens.to(self.device)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
+        teacher.requires_grad_(False).eval()
+        labels = tokens[:, 1:].flatten()
+        return Training(student, teacher, tokens[:, :-1], labels, optimizer)
+
+    def definitions(self, x):
+        """An entry's size: the largest of its parameter's, or of all, whose sums it is part of."""
+        student, teacher = (copy.deepcopy(model).double() for model in (x.student, x.teacher))
+        for leaf in student.parameters():
+            leaf.grad = None
+        logits = replace(x, student=student, teacher=teacher).logits()
+        loss = kd_loss(logits.student, logits.teacher, x.labels, **self.options(backend="eager"))
+        if not self.backward:
+            return [Definition(loss.detach())]
+        loss.backward()
+        gradients = [leaf.grad for leaf in student.parameters()]
+        sizes = [grad.abs().max() for grad in gradients]
+        rows = [torch.arange(len(grad)) for grad in gradients]
+        return [Definition(loss.detach(), gradients, sizes, rows)]
+
+
+def published(device, threads):
+    """What a run without options measures -> (cases, {case: names of variants} where not all)."""
+    if device == "cuda":
+        return [Loop(device, "bfloat16", 8192, 128256, "jsd", 1.0, 1.0, hidden=1024)], {}
+    return [Loop(device, "float32", 1024, 32000, "jsd", 1.0, 1.0, threads=threads, hidden=256)], {}
