@@ -32,7 +32,8 @@ def save(figure, path):
 
 
 def roofline(records, path):
-    """Exponentials that are needed over bytes that are needed, against what the machine can do.
+    """Exponentials that are needed a second, over those for a byte that has to move, below what the
+    machine can do: a copy's bandwidth, the multiply-adds of a matrix product.
 
     What a case needs does not depend on who computes it, so that variants of a case stand above one
     another: the distance to the roof is what is lost. -> whether there was anything to show.
@@ -70,7 +71,10 @@ def roofline(records, path):
     axes.loglog(grid, [min(memory * x, ceiling) for x in grid], "k-", linewidth=1)
     axes.annotate(f"copy, {memory:.3g} GB/s", (grid[4], memory * grid[4]), ha="left", va="bottom")
     axes.annotate(
-        f"exponentials in cache, {ceiling:.3g} G/s", (grid[-1], ceiling), ha="right", va="bottom"
+        f"multiply-adds: {ceiling:.3g} G exponentials/s",
+        (grid[-1], ceiling),
+        ha="right",
+        va="bottom",
     )
     for colour, title in shown.values():
         axes.plot([], [], "o", color=COLOURS[colour % len(COLOURS)], label=title)

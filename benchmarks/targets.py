@@ -1,9 +1,10 @@
 """What is promised of a case, and whether it was kept."""
 
+from .case import WORK
+
 # What a case is told by, in a record.
 CASE = "suite device dtype rows hidden vocab k tail divergence temperature alpha backward threads"
 CASE = tuple(CASE.split())
-PUBLISHED = 2**20  # logits: below, a call is what is measured
 SMALL_MB = 1.0  # a few numbers for each row; the smallest gradient has 524 MB
 OVERHEAD = {"cpu": 1.35, "cuda": 1.15}  # of a head's matrix products
 # The formula in PyTorch that is exact: DESIGN.md, section 5.
@@ -52,7 +53,7 @@ def judge(records, gpu=""):
 
 def promised(case, lines, gpu):
     """(what, sign, limit, what was measured, of which variant) of each target that applies."""
-    if not case["backward"] or case["rows"] * case["vocab"] < PUBLISHED:
+    if not case["backward"] or case["rows"] * case["vocab"] < WORK:
         return
     kinds = {"dense": of_dense, "linear": of_linear, "sparse": of_sparse}
     if case["suite"] in kinds:

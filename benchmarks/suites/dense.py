@@ -7,11 +7,10 @@ import torch
 from kdkernels import kd_loss
 from kdkernels.objective import DIVERGENCES
 
-from ..case import Case, Copy, Definition, Exponentials, Inputs
+from ..case import WORK, Case, Copy, Definition, Exponentials, Inputs
 from ..peers import variants_of
 
 TINY = 4, 16  # logits that are no work: what is left is the call
-SMALL = 2**12  # logits that are not worth a yardstick
 DISTINCT = 16  # rows that are drawn, which takes long, and then repeated
 
 
@@ -40,10 +39,11 @@ class Dense(Case):
 
     @property
     def yardsticks(self):
-        """Where a call is work; a GPU's special functions cannot be timed through PyTorch."""
-        if self.rows * self.vocab < SMALL:
-            return {}
-        return {"copy": Copy, **({"exp": Exponentials} if self.device == "cpu" else {})}
+        """A GPU's special functions cannot be timed through PyTorch."""
+        found = {} if (self.rows, self.vocab) == TINY else {"copy": Copy}
+        if self.device == "cpu" and self.rows * self.vocab >= WORK:
+            found["exp"] = Exponentials
+        return found
 
     def small(self):
         return replace(self, rows=4, vocab=4096)
