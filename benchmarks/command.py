@@ -16,7 +16,7 @@ from .peers.base import Missing
 from .suites import PUBLISHED, SUITES
 
 ROUNDS = 5
-PATIENCE = {"cpu": 120.0, "cuda": 0.5}
+PATIENCE = {"cpu": 15.0, "cuda": 0.5}
 SIZES = ("rows", "vocab", "hidden", "k", "tail", "threads")
 OBJECTIVE = ("dtype", "divergence", "temperature", "alpha")
 SCALES = ("rows", "vocab", "k", "threads")
@@ -50,7 +50,11 @@ def parser():
     )
     sizes.add_argument("--alphas", dest="alpha", nargs="+", type=share, metavar="A")
     sizes.add_argument("--loss-only", action="store_true", help="without the gradient")
-    sizes.add_argument("--scale", choices=SCALES, help="vary one size, and fit an exponent")
+    sizes.add_argument(
+        "--scale",
+        choices=SCALES,
+        help="vary one size (those that its option names), fit an exponent",
+    )
     how = found.add_argument_group("how")
     how.add_argument("--variants", nargs="+", metavar="NAME", help="default: all; --list has them")
     how.add_argument("--rounds", type=positive, help=f"at least; default: {ROUNDS}")
@@ -58,7 +62,7 @@ def parser():
         "--patience",
         type=float,
         metavar="SECONDS",
-        help="what takes longer is called once; default: 120, on a GPU 0.5",
+        help="what takes longer is called once; default: 15, on a GPU 0.5",
     )
     how.add_argument("--no-memory", action="store_true", help="no peaks (a process for each)")
     how.add_argument("--quick", action="store_true", help="seconds: tiny, no compiler, no memory")
@@ -144,8 +148,6 @@ def planned(settings):
     if unknown:
         raise ValueError(f"unknown suite {unknown[0]}: expected {', '.join(SUITES)} or stages")
     threads = max(settings.threads or [torch.get_num_threads()])
-    if settings.scale == "threads" and settings.threads:
-        raise ValueError("--scale threads varies what --threads fixes")
     plan = {}
     for suite in settings.suites or SUITES:
         cases, only = PUBLISHED[suite](settings.device, threads)

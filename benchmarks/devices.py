@@ -1,10 +1,9 @@
 """How long a call takes on a device, how much memory, and what a number measured there depends on.
 
 Both have
-    name; again(case): cases that are prepared for this device;
     seconds(step, repeat): of one call;
+    observed(run): what it returns, and its peak of memory where that can be told in this process;
     release(): give back what nobody holds any more;
-    peak(case, variant name): (bytes at the peak above the inputs, those that are the gradients');
     facts(): for the result files.
 """
 
@@ -27,7 +26,12 @@ from .peers.base import Missing
 
 class Cpu:
     name = "cpu"
-    in_turn_warm = False  # a call that is not timed before each one that is
+    compiles = False  # whatever is called first: its time says nothing
+    # A call that is not timed goes before each one that is, where that takes no more seconds than
+    # this: as in training, the memory that is needed is what the last call gave back. Pages that
+    # others gave back long ago a virtual machine may have to ask its host for.
+    warm = 1.0
+    more_rounds = 5  # times as many, of what is short: neighbours show in a median of five
 
     def seconds(self, step, repeat=1):
         start = time.perf_counter()
@@ -53,7 +57,9 @@ class Gpu:
     """The current CUDA device."""
 
     name = "cuda"
-    in_turn_warm = True  # which leaves the allocator as a step of training does
+    compiles = True
+    warm = float("inf")  # it leaves the allocator as a step of training does
+    more_rounds = 1
 
     def __init__(self):
         if not torch.cuda.is_available():

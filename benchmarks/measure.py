@@ -21,9 +21,7 @@ from .peers.base import Lacks, Missing
 START = time.perf_counter()
 REPEATED_SECONDS = 2e-3  # what takes less is called several times in one measurement
 MOST_REPEATS = 100
-# Rounds are added while all of them take no longer than this, and up to so many times as many: what
-# takes milliseconds now and then takes ten times as many, which a median of five shows.
-ROUNDS_SECONDS, MOST_ROUNDS = 20.0, 5
+ROUNDS_SECONDS = 20.0  # rounds are added while all of them take no longer
 
 MEASURED = (
     "status loss_error gradient_error calls ms ms_min ms_max times_native times_native_min "
@@ -67,7 +65,7 @@ class Run:
         device: of `devices`.
         rounds: how often each variant is timed, at least, in turns.
         patience: seconds; what takes longer in its first call is not called again: that was its
-            time. (Of what is compiled there, it is the second call.)
+            time. (Of what is compiled there, as everything on a GPU, it is the second call.)
         memory: whether to measure peaks.
     """
 
@@ -119,7 +117,7 @@ class Run:
         for name in seconds:
             lines[name].update(speed(case, name, seconds))
         del inputs, makers, again, maker
-        if self.memory and case.backward and self.device.name == "cpu":
+        if self.memory and case.backward and case.device == "cpu":
             for name in variants:
                 if name in seconds:
                     lines[name].update(self.peak(case, name))
@@ -131,7 +129,7 @@ class Run:
         step.prepare()
         took = self.device.seconds(step)
         observed = None
-        if variant.compiled or took <= self.patience:
+        if self.device.compiles or variant.compiled or took <= self.patience:
             for gradient in step.gradients():
                 # The next one is likely to get this memory: what is not written there stays NaN.
                 gradient.fill_(math.nan)
@@ -151,11 +149,11 @@ class Run:
         step.prepare()
         return took
 
-    def turn(self, maker, repeat=1):
-        """Seconds of one call."""
+    def turn(self, maker, repeat=1, expected=0.0):
+        """Seconds of one call, which is expected to take so many."""
         step = maker()
         step.prepare()
-        if self.device.in_turn_warm:
+        if expected <= self.device.warm:
             step.run()
             step.prepare()
         return self.device.seconds(step, repeat)
@@ -176,8 +174,11 @@ class Run:
         if not makers:
             return {}
         repeats = {name: self.repeats(case, name, seconds[name][0]) for name in makers}
-        total = sum(seconds[name][0] * repeats[name] for name in makers)
-        rounds = int(min(max(ROUNDS_SECONDS / total, self.rounds), MOST_ROUNDS * self.rounds))
+        expected = {name: seconds[name][0] for name in makers}
+        calls = {name: n + (expected[name] <= self.device.warm) for name, n in repeats.items()}
+        total = sum(expected[name] * calls[name] for name in makers)
+        most = self.device.more_rounds * self.rounds
+        rounds = int(min(max(ROUNDS_SECONDS / total, self.rounds), most))
         say(f"{case.title}: {rounds} rounds of {', '.join(makers)}")
         timed = {name: [] for name in makers}
         gc.collect()
@@ -187,7 +188,7 @@ class Run:
             for _ in range(rounds):
                 for name in list(timed):
                     try:
-                        timed[name].append(self.turn(makers[name], repeats[name]))
+                        timed[name].append(self.turn(makers[name], repeats[name], expected[name]))
                     except torch.OutOfMemoryError:
                         del timed[name]
                     gc.collect()

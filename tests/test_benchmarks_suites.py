@@ -123,6 +123,7 @@ def test_definition_of_kept_classes_is_that_of_all_rows(bench, tail, alpha):
             assert len(kept.unique()) == len(kept) and ((counts > 0) == (ids >= 0)).all()
 
 
+@pytest.mark.usefixtures("some_rows")
 @pytest.mark.parametrize("divergence, temperature, alpha", [("forward_kl", 2.0, 0.3)])
 def test_definition_of_a_training_step(bench, divergence, temperature, alpha):
     case = bench.suites.Loop("cpu", "float32", 128, 60, divergence, temperature, alpha, hidden=16)

@@ -125,4 +125,11 @@ def published(device, threads):
             case = Dense("cpu", "float32", *TINY, temperature=2.0, threads=count)
             cases.append(case)
             only[case] = ["native", "pytorch"]
-    return cases, only
+    return cases, without_eager(cases, only)
+
+
+def without_eager(cases, only):
+    """The definition's own backend is measured once: in the first case."""
+    for case in cases[1:]:
+        only.setdefault(case, [name for name in case.variants if not name.startswith("eager")])
+    return only

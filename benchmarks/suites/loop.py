@@ -120,7 +120,7 @@ class Loop(Case):
         )
         for suite, form in (("linear", "heads"), ("dense", "logits"))
         for name, variant in variants_of(suite).items()
-        if not variant.overwrites
+        if not variant.overwrites and name != "eager"
     }
 
     def __post_init__(self):
@@ -152,19 +152,28 @@ class Loop(Case):
         return Training(student, teacher, tokens[:, :-1], labels, optimizer)
 
     def definitions(self, x):
-        """An entry's size: the largest of its parameter's, or of all, whose sums it is part of."""
+        """An entry's size: the largest of its parameter's, of whose sums it is one."""
         student, teacher = (copy.deepcopy(model).double() for model in (x.student, x.teacher))
         for leaf in student.parameters():
             leaf.grad = None
-        logits = replace(x, student=student, teacher=teacher).logits()
-        loss = kd_loss(logits.student, logits.teacher, x.labels, **self.options(backend="eager"))
+        heads = replace(x, student=student, teacher=teacher).heads()
+        options = self.options(num_items=self.rows, backend="eager")
+        total, of_hidden = 0.0, []
+        for part in self.chunks():
+            hidden = heads.hidden.detach()[part].requires_grad_(self.backward)
+            of_teacher = heads.teacher_hidden[part] @ heads.teacher_weight.T
+            loss = kd_loss(hidden @ heads.weight.T, of_teacher, x.labels[part], **options)
+            total += loss.detach()
+            if self.backward:
+                loss.backward()
+                of_hidden.append(hidden.grad)
         if not self.backward:
-            return [Definition(loss.detach())]
-        loss.backward()
+            return [Definition(total)]
+        heads.hidden.backward(torch.cat(of_hidden))
         gradients = [leaf.grad for leaf in student.parameters()]
         sizes = [grad.abs().max() for grad in gradients]
         rows = [torch.arange(len(grad)) for grad in gradients]
-        return [Definition(loss.detach(), gradients, sizes, rows)]
+        return [Definition(total, gradients, sizes, rows)]
 
 
 def published(device, threads):
