@@ -13,7 +13,7 @@ BETAS = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
 UPSTREAM = {"float16": 2.0**15}
 WORK = 2**20  # logits: below, a call is what is measured
 CHECKED_ROWS = 64  # whose gradients are checked where all of them would be too many
-CHECKED_ENTRIES = 2**26
+CHECKED_ENTRIES = 2**27
 CHECKED_AT_ONCE = 2**23  # logits that a definition has in float64 at a time
 
 
@@ -41,7 +41,7 @@ class Case:
     backward: bool = True
     threads: int = 1
 
-    base = "native"  # the variant that others are compared with
+    base, formula = "native", "pytorch"  # the variant that others are compared with, and PyTorch's
     bytes = flops = exponentials = None
 
     @property
@@ -106,6 +106,10 @@ class Case:
             **more,
         )
 
+    def is_one_of(self, name, wanted):
+        """Whether a variant was asked for."""
+        return name in wanted
+
     def loss_only(self):
         return replace(self, backward=False)
 
@@ -114,9 +118,7 @@ class Case:
 
     def checked(self):
         """(R,) int64: the rows whose gradients are checked, all of them where that is few."""
-        if self.rows * self.vocab <= CHECKED_ENTRIES:
-            return torch.arange(self.rows)
-        return some_of(self.rows)
+        return rows_of(self.rows, self.rows * self.vocab)
 
     def chunks(self):
         """Slices of the rows, of which a float64 definition takes one at a time."""
@@ -126,15 +128,17 @@ class Case:
     def record(self):
         """What tells a case from others, and its names."""
         found = {"suite": self.suite, **{name: getattr(self, name) for name in FIELDS}}
-        return {**found, "case": self.title, "objective": self.objective}
+        return {**found, "case": self.title, "shape": self.shape, "objective": self.objective}
 
 
 FIELDS = tuple(each.name for each in fields(Case)) + ("hidden", "k", "tail")
 Case.hidden = Case.k = Case.tail = None  # of the suites that have them
 
 
-def some_of(count):
-    """(R,) int64: the first, the last, and others at random."""
+def rows_of(count, entries):
+    """(R,) int64: all rows of a gradient, or of a large one the first, the last and some others."""
+    if entries <= CHECKED_ENTRIES:
+        return torch.arange(count)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:CHECKED_ROWS]
     return torch.cat([chosen, torch.tensor([0, count - 1])]).unique()
 
@@ -190,11 +194,15 @@ class Step:
             self.buffer = torch.empty_like(inputs.student)
             self.anchor = torch.zeros((), requires_grad=True)
 
-    def prepare(self):
+    def drop(self):
+        """Hold no result any more."""
         self.value = None
         self.received.clear()
         for leaf in self.inputs.leaves():
             leaf.grad = None
+
+    def prepare(self):
+        self.drop()
         if self.overwrites:
             self.buffer.copy_(self.inputs.student.detach())
             logits = Produced.apply(self.anchor, self.buffer, self.received)
@@ -207,7 +215,9 @@ class Step:
             self.value = self.loss(self.given)
             if self.case.backward:
                 upstream = self.case.upstream
-                self.value.backward(None if upstream == 1 else self.value.new_tensor(upstream))
+                self.value.backward(
+                    None if upstream == 1 else torch.full_like(self.value, upstream)
+                )
                 self.inputs.update()
 
     def gradients(self):
@@ -222,7 +232,17 @@ class Step:
         return sum(x.nbytes for x in self.gradients() if x.data_ptr() != given)
 
 
-class Copy:
+class Yardstick:
+    """Timed as a `Step` is."""
+
+    def prepare(self):
+        pass
+
+    def drop(self):
+        pass
+
+
+class Copy(Yardstick):
     """The yardstick of what is bound by memory: as many bytes as have to move, half of them read.
 
     Of tensors that are there, into memory that is there.
@@ -237,15 +257,12 @@ class Copy:
             self.pairs.append((torch.zeros_like(part), part))
             left -= part.nbytes
 
-    def prepare(self):
-        pass
-
     def run(self):
         for target, part in self.pairs:
             target.copy_(part)
 
 
-class Exponentials:
+class Exponentials(Yardstick):
     """The other yardstick: the multiply-adds of as many exponentials as are needed.
 
     An exponential that is exact to float32 takes ten: three that reduce its argument, seven of a
@@ -259,9 +276,6 @@ class Exponentials:
         self.factors = [torch.full((self.SIZE, self.SIZE), 1 / self.SIZE) for _ in range(2)]
         self.product = torch.empty(self.SIZE, self.SIZE)
         self.count = max(round(self.EACH * case.exponentials / self.SIZE**3), 1)
-
-    def prepare(self):
-        pass
 
     def run(self):
         for _ in range(self.count):

@@ -2,8 +2,10 @@
 
 import argparse
 import itertools
+import json
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 
@@ -72,7 +74,7 @@ def parser():
         "--include",
         nargs="+",
         metavar="PAGE",
-        help="no run: bring the tables that these Markdown pages include up to date",
+        help="no run: write the pages of results/ anew, and what these include of them",
     )
     return found
 
@@ -131,6 +133,9 @@ def main(argv=None):
 
 
 def update(pages):
+    """The pages of all result files, and then what other pages include of them."""
+    for path in sorted(results.FOLDER.glob("*.json")):
+        publish(results.FOLDER, path.stem, json.loads(path.read_text(encoding="utf-8")))
     for page in pages:
         text = results.include(page)
         with open(page, "w", encoding="utf-8") as file:
@@ -162,15 +167,28 @@ def planned(settings):
                 wanted[each] = names
         if not wanted:
             raise ValueError(f"{suite}: {dropped[0]}")
+        for reason in dict.fromkeys(map(str, dropped)):
+            measure.say(f"{suite}, left out: {reason}")
+        if settings.scale:
+            one_series(wanted, settings.scale)
         plan[suite] = {case: variants(case, names, settings) for case, names in wanted.items()}
     if settings.variants:
-        known = {name for suite in plan for name in SUITES[suite].variants}
+        known = {name for suite in SUITES.values() for name in suite.variants}
         missing = [name for name in settings.variants if name not in known]
         if missing:
             raise ValueError(
                 f"--variants {missing[0]}: expected some of {', '.join(sorted(known))}"
             )
     return plan
+
+
+def one_series(cases, axis):
+    """Raises ValueError where more than one size is varied, or none."""
+    others = {replace(case, **{axis: getattr(next(iter(cases)), axis)}) for case in cases}
+    if len(others) > 1:
+        raise ValueError(f"--scale {axis} varies one size: name one dtype, divergence, … at a time")
+    if len(cases) < 2:
+        raise ValueError(f"--scale {axis}: one size alone has no exponent")
 
 
 def changed(case, settings, dropped):
@@ -180,6 +198,8 @@ def changed(case, settings, dropped):
     if settings.loss_only:
         case = case.loss_only()
     has = {field.name for field in fields(case)}
+    if case.device == "cuda":
+        has.remove("threads")
     names = [name for name in SIZES + OBJECTIVE if getattr(settings, name) and name in has]
     found = []
     for values in itertools.product(*(getattr(settings, name) for name in names)):
@@ -193,9 +213,9 @@ def changed(case, settings, dropped):
 def variants(case, names, settings):
     """Those of a case to measure, of those it has."""
     if settings.variants:
-        return [name for name in case.variants if name in settings.variants]
+        return [name for name in case.variants if case.is_one_of(name, settings.variants)]
     if settings.scale:
-        names = scaling.DEFAULT
+        names = [case.base, case.formula]
     known = case.variants
     if settings.quick:
         known = {name: each for name, each in known.items() if not each.compiled}
@@ -221,69 +241,92 @@ def listing(plan):
 def run(plan, device, settings):
     """Measure, print and write all of a plan -> the exit status.
 
-    Files are written after each case: what ends a run early takes nothing that was measured.
+    After each case there are files of what was measured so far, named "partial": what ends a run
+    early takes nothing of it, and nothing of the last whole run.
     """
     rounds = settings.rounds or (3 if settings.quick else ROUNDS)
     patience = PATIENCE[device.name] if settings.patience is None else settings.patience
     memory = not (settings.no_memory or settings.quick)
-    show = scaled if settings.scale else compared
     machine, bad = results.machine(), False
     for suite, cases in plan.items():
         measuring = measure.Run(device, rounds, patience, memory)
-        document = {"suite": suite, "machine": machine, "targets": []}
+        document = {"suite": suite, "machine": machine, "scale": settings.scale}
         document["settings"] = {**vars(settings), "suites": [suite], "rounds": rounds}
         document["rows"] = records = []
+        parts = [suite, *([settings.scale] if settings.scale else [])]
+        if narrowed(settings):
+            parts.append("some")
         try:
             for case, names in cases.items():
                 records += measuring.measure(case, names)
                 device.release()
                 # At once, while the clocks are those of the last round.
                 document["machine"] = {**machine, **device.facts()}
-                if settings.out is not None:
-                    show(document, settings, rounds)
+                partial = results.file_name(document["machine"], *parts, "partial")
+                if settings.out is not None and records:
+                    publish(settings.out, partial, document)
         finally:
             if records:
-                print(f"{show(document, settings, rounds)}\n")
+                print(f"{in_words(document)}\n")
+        if settings.out is not None and records:
+            name = results.file_name(document["machine"], *parts)
+            publish(settings.out, name, document, pictures=True)
+            results.remove(settings.out, partial)
+            print(f"written: {settings.out}/{name}.*\n")
         ours = [line["status"] for line in records if line["ours"]]
         bad |= any(status.startswith(("wrong", "failed")) for status in ours)
     measure.say("done")
     return int(bad)
 
 
-def compared(document, settings, rounds):
-    """The tables of a suite, as text and, where it is to be kept, in files."""
-    records, machine = document["rows"], document["machine"]
-    document["targets"] = judged = targets.judge(records, machine.get("gpu", ""))
-    text = f"{report.provenance(machine)}\n\n{report.terminal(records, judged)}"
-    if settings.out is None:
-        return text
-    name = results.file_name(machine, document["suite"])
-    results.write(
-        settings.out,
-        name,
-        document,
-        all=report.page(records, judged, machine, rounds),
-        summary=report.summary(records, machine, rounds),
-        targets=report.markdown_table(report.TARGET_HEADER, report.target_rows(judged, records)),
-    )
-    picture(plots.roofline, records, f"{settings.out}/{name}.roofline.svg")
-    return f"{text}\n\nwritten: {settings.out}/{name}.*"
+def narrowed(settings):
+    """Whether it is not the published cases: their files are not to be replaced."""
+    cases = (*SIZES, *OBJECTIVE, "variants", "loss_only", "quick")
+    return any(getattr(settings, name) for name in cases)
 
 
-def scaled(document, settings, rounds):
-    """Sizes and exponents of a suite, as text and, where they are to be kept, in files."""
-    records, machine, field = document["rows"], document["machine"], settings.scale
-    document["fits"] = found = scaling.fits(records, field)
-    tables = scaling.terminal(records, field, found)
-    text = f"{report.provenance(machine)}\n\n{document['suite']}\n{tables}"
-    if settings.out is None:
-        return text
-    name = results.file_name(machine, document["suite"], field)
-    page = scaling.page(records, field, found, machine)
-    results.write(settings.out, name, document, summary=page)
-    for what, part in (("ms", "time"), ("peak_mb", "memory")):
-        picture(plots.over, records, field, what, f"{settings.out}/{name}.{part}.svg")
-    return f"{text}\n\nwritten: {settings.out}/{name}.*"
+def judged(document):
+    """The targets of a run, which is none of several sizes."""
+    if document["scale"]:
+        return []
+    return targets.judge(document["rows"], document["machine"].get("gpu", ""))
+
+
+def in_words(document):
+    """What a run measured, for a terminal."""
+    records, machine, field = (document[part] for part in ("rows", "machine", "scale"))
+    if field:
+        tables = scaling.terminal(records, field, scaling.fits(records, field))
+    else:
+        tables = report.terminal(records, judged(document))
+    return f"{report.provenance(machine)}\n\n{tables}"
+
+
+def publish(folder, name, document, pictures=False):
+    """Write the files of a run: what it measured, and its pages."""
+    records, machine, field = (document[part] for part in ("rows", "machine", "scale"))
+    rounds = document["settings"]["rounds"]
+    if field:
+        document["fits"] = found = scaling.fits(records, field)
+        pages = {"summary": scaling.page(records, field, found, machine)}
+    else:
+        document["targets"] = found = judged(document)
+        table = report.markdown_table(report.TARGET_HEADER, report.target_rows(found, records))
+        pages = {
+            "all": report.page(records, found, machine, rounds),
+            "summary": report.summary(records, machine, rounds),
+            "targets": table,
+        }
+    results.write(folder, name, document, pages)
+    if not pictures:
+        return
+    base = Path(folder, name)
+    if field:
+        picture(plots.over, records, field, "ms", f"{base}.time.svg")
+        picture(plots.over, records, field, "peak_mb", f"{base}.memory.svg")
+    else:
+        ceiling = machine.get("special_g_per_s")
+        picture(plots.roofline, records, f"{base}.roofline.svg", ceiling)
 
 
 def picture(draw, *args):

@@ -39,7 +39,8 @@ TOLERANCES = {
 TOLERANCES.update(
     {("sparse", dtype): TOLERANCES["dense", dtype] for dtype in ("float32", "bfloat16", "float16")}
 )
-SMALLEST = {"float16": 2.0**-24}  # a subnormal's step: gradients of it are exact to half of that
+# What is smaller may have become 0: the normal numbers' least, half of a subnormal's step.
+FLUSHED = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25}
 
 
 def errors(step, definitions):
@@ -57,14 +58,15 @@ def errors_by(step, definition):
     of_loss = float((value - definition.loss).abs() / definition.loss.abs())
     if not definition.gradients:
         return of_loss, None
-    worst, slack = [], SMALLEST.get(case.dtype, 0.0) / 2
+    worst, flushed = [], FLUSHED[case.dtype] / case.upstream
     wanted = definition.gradients, definition.sizes, definition.rows
     for gradient, grad, size, rows in zip(step.gradients(), *wanted, strict=True):
         found = gradient[rows.to(gradient.device)].double() / case.upstream
-        error = ((found - grad).abs() - slack / case.upstream).clamp_(min=0)
+        error = ((found - grad).abs() - flushed).clamp_(min=0)
         # A NaN anywhere makes the sum NaN, and with it the error.
         unwritten = 0 * gradient.sum(dtype=torch.float32)
-        worst.append((error / torch.maximum(size, grad.abs())).max() + unwritten)
+        of = torch.maximum(size, grad.abs()).clamp_(min=2.0**-126)
+        worst.append((error / of).max() + unwritten)
     return of_loss, float(torch.stack(worst).max())
 
 

@@ -51,11 +51,17 @@ def noting(line):
         line["status"] = f"lacks: {what}"
     except Missing as why:
         line["status"] = f"missing: {why}"
-    except torch.OutOfMemoryError:
-        line["status"] = "out of memory"
     except Exception as error:  # another library's, or its compiler's
+        if out_of_memory(error):
+            line["status"] = "out of memory"
+            return
         lines = [text for text in str(error).splitlines() if text.strip()]
         line["status"] = f"failed: {type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def out_of_memory(error):
+    """On a CPU torch has no type for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class Run:
@@ -77,55 +83,60 @@ class Run:
         """Records of the variants `names`, as far as the case has them, and of its yardsticks."""
         if case.device == "cpu":
             torch.set_num_threads(case.threads)
+        # Each shape for itself: what was compiled before would make it dynamic, or be the limit.
+        torch.compiler.reset()
         say(f"{case.title}: checking")
         variants = {name: case.variants[name] for name in names if name in case.variants}
         lines = {name: record(case, name, each.title) for name, each in variants.items()}
         try:
-            inputs = case.draw()
-            expected = case.definitions(inputs)
-        except torch.OutOfMemoryError:
+            self.compare(case, variants, lines)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             for line in lines.values():
                 line["status"] = "out of memory: the inputs and their definition do not fit"
-            return list(lines.values())
+        if self.memory and case.backward and case.device == "cpu":
+            for name in variants:
+                if lines[name]["status"] == "ok":
+                    lines[name].update(self.peak(case, name))
+        return list(lines.values())
 
+    def compare(self, case, variants, lines):
+        """Check and time, into `lines`; nothing of it is in memory afterwards."""
+        inputs = case.draw()
+        expected = case.definitions(inputs)
         makers, seconds = {}, {}
         for name, variant in variants.items():
             with noting(lines[name]):
                 loss = variant.make(case)
                 self.device.release()
                 maker = functools.partial(Step, loss, case, inputs, variant.overwrites)
-                took = self.check(maker, variant, name, expected, lines[name])
+                took = self.check(maker(), variant, name, expected, lines[name])
                 if lines[name]["status"] == "ok":
                     makers[name], seconds[name] = maker, [took]
-            Step(None, case, inputs).prepare()  # leaves no gradient
+            Step(None, case, inputs).drop()
         del expected
         for name, yardstick in case.yardsticks.items():
-            self.device.release()
             lines[name] = record(case, name, yardstick.title)
             with noting(lines[name]):
+                self.device.release()
                 maker = functools.partial(yardstick, case, inputs)
                 seconds[name] = [self.turn(maker)]
                 makers[name], lines[name]["status"] = maker, "ok"
 
         again = {name: make for name, make in makers.items() if seconds[name][0] <= self.patience}
-        timed = self.take_turns(again, seconds, case)
+        timed = self.take_turns(again, seconds, case, lines)
         for name in again:
-            if name not in timed:
-                lines[name]["status"] = "out of memory"
+            if name in timed:
+                seconds[name] = timed[name]
+            else:
                 del seconds[name]
-        seconds.update(timed)
         for name in seconds:
             lines[name].update(speed(case, name, seconds))
-        del inputs, makers, again, maker
-        if self.memory and case.backward and case.device == "cpu":
-            for name in variants:
-                if name in seconds:
-                    lines[name].update(self.peak(case, name))
-        return list(lines.values())
 
-    def check(self, maker, variant, name, expected, line):
+    def check(self, step, variant, name, expected, line):
         """Compare what a variant computes with the definition -> seconds of a call."""
-        case, step = maker.args[1], maker()
+        case = step.case
         step.prepare()
         took = self.device.seconds(step)
         observed = None
@@ -140,13 +151,13 @@ class Run:
         allowed = definition.TOLERANCES[case.suite, case.dtype][variant.accuracy]
         line["status"] = definition.verdict(found, allowed)
         line["loss_error"], line["gradient_error"] = found
-        if observed is not None:
+        if observed is not None and self.memory:
             line.update(peak_fields(case, observed, step.gradient_bytes()))
         if line["status"] != "ok" and case.backward:
             self.wrong.add((case, name))
         elif (case.with_gradient(), name) in self.wrong:
             line["status"] = "wrong: its gradient is"
-        step.prepare()
+        step.drop()
         return took
 
     def turn(self, maker, repeat=1, expected=0.0):
@@ -156,7 +167,9 @@ class Run:
         if expected <= self.device.warm:
             step.run()
             step.prepare()
-        return self.device.seconds(step, repeat)
+        took = self.device.seconds(step, repeat)
+        step.drop()
+        return took
 
     def repeats(self, case, name, seconds):
         """Calls in one measurement: several of what is short, where a call can be repeated."""
@@ -165,11 +178,11 @@ class Run:
             return 1
         return max(1, min(MOST_REPEATS, math.ceil(REPEATED_SECONDS / seconds)))
 
-    def take_turns(self, makers, seconds, case):
+    def take_turns(self, makers, seconds, case, lines):
         """Time the variants in turns; between them nothing is kept that would take their memory.
 
         Returns:
-            {name: [seconds of a call, one for each round]}, without what ran out of memory.
+            {name: [seconds of a call, one for each round]}, without what failed: `lines` say why.
         """
         if not makers:
             return {}
@@ -187,9 +200,10 @@ class Run:
         try:
             for _ in range(rounds):
                 for name in list(timed):
-                    try:
+                    before = lines[name]["status"]
+                    with noting(lines[name]):
                         timed[name].append(self.turn(makers[name], repeats[name], expected[name]))
-                    except torch.OutOfMemoryError:
+                    if lines[name]["status"] != before:
                         del timed[name]
                     gc.collect()
         finally:
@@ -202,8 +216,8 @@ class Run:
         say(f"{case.title}: memory of {case.variants[name].title}")
         try:
             return peak_fields(case, *self.device.peak(case, name))
-        except Missing as missing:
-            say(str(missing))
+        except Exception as error:  # of the process that measures it; the time stands
+            say(f"no peak: {type(error).__name__}: {error}")
             return {}
 
 

@@ -6,7 +6,7 @@ from .peers.base import Missing
 from .targets import by_case
 
 COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#e3a33b", "#6f4e9c", "#7a7a7a", "#1f9e9e", "#9c5b2e")
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vP*X<>phd8H"
 
 
 def pyplot():
@@ -31,30 +31,35 @@ def save(figure, path):
     pyplot().close(figure)
 
 
-def roofline(records, path):
+def roofline(records, path, ceiling=None):
     """Exponentials that are needed a second, over those for a byte that has to move, below what the
     machine can do: a copy's bandwidth, the multiply-adds of a matrix product.
 
     What a case needs does not depend on who computes it, so that variants of a case stand above one
-    another: the distance to the roof is what is lost. -> whether there was anything to show.
+    another: the distance to the roof is what is lost.
+
+    Args:
+        ceiling: 10⁹ exponentials a second that the device can do, where that was not measured.
+
+    Returns:
+        Whether there was anything to show.
     """
     plt = pyplot()
-    cases = [
-        lines
-        for lines in by_case(records).values()
-        if any(x["variant"] == "exp" and x["status"] == "ok" for x in lines)
-        and any(x["variant"] == "copy" and x["status"] == "ok" for x in lines)
-    ]
-    if not cases:
+    right = [line for line in records if line["status"] == "ok"]
+    rates = [line["gexp_per_s"] for line in right if line["variant"] == "exp"]
+    ceiling = max(rates, default=ceiling)
+    with_copy = {line["case"] for line in right if line["variant"] == "copy"}
+    cases = [lines for lines in by_case(right).values() if lines[0]["case"] in with_copy]
+    cases = [lines for lines in cases if lines[0]["exponentials"]]
+    if not cases or ceiling is None:
         return False
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     memory = max(x["gb_per_s"] for lines in cases for x in lines if x["variant"] == "copy")
-    ceiling = max(x["gexp_per_s"] for lines in cases for x in lines if x["variant"] == "exp")
     shown = {}
     lowest, highest = 1e9, 0.0
     for index, lines in enumerate(cases):
         for line in lines:
-            if line["status"] != "ok" or line["variant"] in ("exp", "copy"):
+            if line["variant"] in ("exp", "copy"):
                 continue
             intensity = line["exponentials"] / line["bytes"]
             lowest, highest = min(lowest, intensity), max(highest, intensity)
@@ -71,7 +76,7 @@ def roofline(records, path):
     axes.loglog(grid, [min(memory * x, ceiling) for x in grid], "k-", linewidth=1)
     axes.annotate(f"copy, {memory:.3g} GB/s", (grid[4], memory * grid[4]), ha="left", va="bottom")
     axes.annotate(
-        f"multiply-adds: {ceiling:.3g} G exponentials/s",
+        f"arithmetic: {ceiling:.3g} G exponentials/s",
         (grid[-1], ceiling),
         ha="right",
         va="bottom",

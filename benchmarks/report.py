@@ -3,7 +3,7 @@
 from .targets import by_case
 
 HEADER = (  # (a field, its head, how it is written)
-    ("calls", "calls", "{}"),
+    ("calls", "rounds", "{}"),
     ("ms", "ms", None),
     ("ms_min", "min", None),
     ("ms_max", "max", None),
@@ -146,48 +146,64 @@ def summary(records, machine, rounds):
     """Of a suite: the first case of each dtype side by side, and what has to be known of it."""
     first = {}
     for lines in by_case(records).values():
-        first.setdefault(lines[0]["dtype"], lines)
-    names = list(dict.fromkeys(line["variant"] for lines in first.values() for line in lines))
-    some = next(iter(first.values()))[0]
-    base = {"linear": "times_products"}.get(some["suite"], "times_native")
-    heads = {"times_native": "× kdkernels", "times_products": "× products"}
-    header, rows = [some["case"].split(", ")[0].partition(": ")[2]], []
+        first.setdefault(lines[0]["dtype"], {line["variant"]: line for line in lines})
+    every = [line for lines in first.values() for line in lines.values()]
+    some = every[0]
+    base = "times_products" if some["suite"] == "linear" else "times_native"
+    header, rows = [some["shape"]], []
     for dtype in first:
-        header += [f"{dtype}, ms", heads[base], "extra MB"]
-    for name in names:
-        found = {
-            d: next((x for x in lines if x["variant"] == name), None) for d, lines in first.items()
-        }
-        if not any(line and line["status"] == "ok" for line in found.values()):
+        header += [f"{dtype}, ms", "× products" if base == "times_products" else "× kdkernels"]
+        header.append("extra MB")
+    for name in dict.fromkeys(line["variant"] for line in every):
+        found = [lines.get(name) for lines in first.values()]
+        if all(line is None or absent(line) for line in found):
             continue
-        row = [next(line["title"] for line in found.values() if line)]
-        for line in found.values():
-            if line is None or line["status"] != "ok":
-                row += ["–", "", ""]
-                continue
-            peak = line["peak_mb"]
-            row += [number(line["ms"]), number(line[base])]
-            row.append("" if peak is None else f"{peak:,.0f}")
+        row = [next(line["title"] for line in found if line)]
+        for line in found:
+            row += summary_cells(line, base)
         rows.append(row)
-    absent = [line["title"] for line in some_lines(first) if line["status"].startswith("missing")]
-    notes = [
-        f"{capital(some['objective'])}, forward and backward, on {provenance(machine)} Medians of "
-        f"{rounds} rounds or more in turns; extra MB is the peak beyond inputs and gradients."
-    ]
+    return "\n\n".join(
+        [markdown_table(header, rows), "\n".join(notes(some, every, first, machine, rounds))]
+    )
+
+
+def absent(line):
+    return line["status"].startswith(("missing", "lacks"))
+
+
+def summary_cells(line, base):
+    if line is None or absent(line):
+        return ["–", "", ""]
+    if line["status"] != "ok":
+        return [line["status"].partition(":")[0], "", ""]
+    peak = line["peak_mb"]
+    ms = number(line["ms"]) + ("¹" if line["calls"] == 1 else "")
+    return [ms, number(line[base]), "" if peak is None else f"{peak:,.0f}"]
+
+
+def notes(some, every, first, machine, rounds):
+    """What has to be known to read a summary."""
+    passes = "forward and backward" if some["backward"] else "without the gradient"
+    yield (
+        f"{capital(some['objective'])}, {passes}, on {provenance(machine)} Medians of {rounds} "
+        "rounds or more in turns; extra MB is the peak beyond inputs and gradients."
+    )
+    if any(line["calls"] == 1 for line in every):
+        yield "¹ Called once, for want of patience."
     for dtype, lines in first.items():
-        ours = next((x for x in lines if x["variant"] == "native" and x["status"] == "ok"), None)
-        if ours and ours["share_of_copy"] is not None:
-            notes.append(
+        ours = lines.get("native")
+        if ours and ours["status"] == "ok" and ours["share_of_copy"] is not None:
+            yield (
                 f"{dtype}: {number(ours['gb_per_s'])} GB/s of what has to move, "
                 f"{ours['share_of_copy']:.0%} of a copy."
             )
-    if absent:
-        notes.append(f"Not installed or not for this device: {', '.join(absent)}.")
-    return markdown_table(header, rows) + "\n\n" + "\n".join(notes)
-
-
-def some_lines(first):
-    return next(iter(first.values()))
+    for kind, words in (("missing", "Not here"), ("lacks", "Without this formula")):
+        titles = {}
+        for line in every:
+            titles.setdefault(line["title"], []).append(line["status"].startswith(kind))
+        of_all = [title for title, there in titles.items() if all(there)]
+        if of_all:
+            yield f"{words}: {', '.join(of_all)}."
 
 
 def capital(text):

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import io
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from kdkernels.info import info
 from .peers import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
 INCLUDED = re.compile(r"(<!-- from (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -46,12 +48,17 @@ def versions(*packages):
 
 
 def _commit():
-    git = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
+    """With "-dirty" where another file than a result differs from it."""
+    git = ["git", "--no-optional-locks"]
     try:
-        run = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+        name = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+        )
+        others = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+        dirty = subprocess.run(others, cwd=ROOT, capture_output=True).returncode == 1
     except OSError:
         return "unknown"
-    return run.stdout.strip() or "unknown"
+    return (name.stdout.strip() or "unknown") + ("-dirty" if dirty else "")
 
 
 def slug(name):
@@ -63,7 +70,7 @@ def file_name(machine, *parts):
     return "-".join([*parts, slug(machine.get("gpu") or machine["cpu"])])
 
 
-def write(folder, name, document, **pages):
+def write(folder, name, document, pages):
     """Write name.json (all of it), name.csv (its "rows", with the machine) and name.PAGE.md."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,10 +81,27 @@ def write(folder, name, document, **pages):
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    (folder / f"{name}.csv").write_text(text.getvalue(), encoding="utf-8")
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for page, content in pages.items():
-        (folder / f"{name}.{page}.md").write_text(content + "\n", encoding="utf-8")
+    files = {"csv": text.getvalue(), "json": json.dumps(finite(document), indent=1) + "\n"}
+    files.update((f"{page}.md", f"{content}\n") for page, content in pages.items())
+    for ending, content in files.items():
+        path = folder / f"{name}.{ending}"
+        whole = path.with_suffix(path.suffix + ".new")
+        whole.write_text(content, encoding="utf-8")
+        whole.replace(path)  # never half of it
+
+
+def finite(value):
+    """JSON has neither NaN nor infinities: None, and the status of the line says it."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def remove(folder, name):
+    for path in Path(folder).glob(f"{name}.*"):
+        path.unlink()
 
 
 def include(path, root=ROOT):

@@ -11,13 +11,14 @@ from dataclasses import replace
 from .report import markdown_table, number, provenance, text_table
 
 LIMIT = 1.1  # what is above grows faster than what is computed
-DEFAULT = ["native", "pytorch"]
+THREADS_LIMIT = -0.5
+SOME_MB = 1.0  # a peak below is as large as its noise
 
 
 def axes(suite, device, threads):
     """{axis: (the field of a case, its sizes, the other sizes)} of a suite."""
     big = device == "cuda"
-    cores = os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     fixed = {"hidden": 1024 if big else 128} if suite in ("linear", "loop") else {}
     found = {
         "rows": (
@@ -76,7 +77,8 @@ def fits(records, field):
         lines.sort(key=lambda line: line[field])
         half = lines[len(lines) // 2 if len(lines) > 3 else 0 :]
         for what in ("ms", "peak_mb"):
-            known = [line for line in half if line[what] is not None and line[what] > 1e-3]
+            least = SOME_MB if what == "peak_mb" else 0.0
+            known = [line for line in half if line[what] is not None and line[what] > least]
             slope = exponent([x[field] for x in known], [x[what] for x in known])
             if slope is None:
                 continue
@@ -88,10 +90,16 @@ def fits(records, field):
                     of=what,
                     sizes=[line[field] for line in known],
                     exponent=slope,
-                    verdict="grows faster" if slope > LIMIT else "ok",
+                    verdict=verdict(field, what, slope),
                 )
             )
     return found
+
+
+def verdict(field, what, slope):
+    if field == "threads" and what == "ms":
+        return "ok" if slope < THREADS_LIMIT else "does not scale"
+    return "grows faster" if slope > LIMIT else "ok"
 
 
 def rows(records, field):

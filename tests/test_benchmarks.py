@@ -82,7 +82,7 @@ def test_run_writes_what_it_measured(bench, tmp_path, capsys, suite):
     status, documents = run(bench, tmp_path, suite, *ONE, "--temperatures", "1")
     assert status == 0
     document = documents[suite]
-    slug = bench.results.file_name(document["machine"], suite)
+    slug = bench.results.file_name(document["machine"], suite, "some")
     with (tmp_path / f"{slug}.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["ms"] for line in lines] == [str(row["ms"] or "") for row in document["rows"]]
@@ -145,13 +145,17 @@ def test_variants_take_turns(bench, dense):
         def run(self):
             order.append(self.name)
 
+        def drop(self):
+            pass
+
     order = []
     makers = {name: functools.partial(Recorded, name) for name in "AB"}
     measuring = bench.measure.Run(bench.devices.Cpu(), rounds=2, patience=60.0)
-    timed = measuring.take_turns(makers, {"A": [60.0], "B": [60.0]}, dense)
+    lines = {name: {"status": "ok"} for name in makers}
+    timed = measuring.take_turns(makers, {"A": [60.0], "B": [60.0]}, dense, lines)
     assert "".join(order) == 2 * "aAbB" and [len(times) for times in timed.values()] == [2, 2]
     order.clear()
-    timed = measuring.take_turns(makers, {"A": [1e-3], "B": [10.0]}, dense)
+    timed = measuring.take_turns(makers, {"A": [1e-3], "B": [10.0]}, dense, lines)
     assert "".join(order) == 2 * "aAaAAbB", "what is short is called before, and several times"
 
 
@@ -160,7 +164,8 @@ def test_short_cases_get_more_rounds(bench, dense):
     for total in (1e-3, 1.0, 60.0):
         measuring = bench.measure.Run(bench.devices.Cpu(), rounds=5, patience=60.0)
         measuring.turn = lambda maker, repeat, expected: 1.0
-        rounds[total] = len(measuring.take_turns({"A": None}, {"A": [total]}, dense)["A"])
+        lines = {"A": {"status": "ok"}}
+        rounds[total] = len(measuring.take_turns({"A": None}, {"A": [total]}, dense, lines)["A"])
     assert rounds == {1e-3: 25, 1.0: 10, 60.0: 5}
 
 
@@ -315,11 +320,11 @@ def test_gradient_memory_holds_nan_before_the_checked_call(bench, monkeypatch, d
     kept = []
 
     class Watched(bench.case.Step):
-        def prepare(self):
+        def drop(self):
             gradient = self.inputs.student.grad
             if gradient is not None:
                 kept.append(bool(gradient.isnan().all()))
-            super().prepare()
+            super().drop()
 
     monkeypatch.setattr(bench.measure, "Step", Watched)
     add(monkeypatch, bench, "dense", "watched", loss)
@@ -343,14 +348,21 @@ def test_failure_of_others_is_theirs(bench, monkeypatch, tmp_path):
         assert rows["broken"]["status"] == "failed: RuntimeError: not on this machine"
 
 
+NO_MEMORY = (
+    torch.OutOfMemoryError("no"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+)
+
+
 @pytest.mark.parametrize("after", (0, 1, 2, 3))
-def test_out_of_memory_ends_no_run(bench, monkeypatch, dense, after):
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_out_of_memory_ends_no_run(bench, monkeypatch, dense, after, error):
     calls = []
 
     def loss(x):
         calls.append(1)
         if len(calls) > after:
-            raise torch.OutOfMemoryError("no")
+            raise error
         return right(x)
 
     add(monkeypatch, bench, "dense", "greedy", loss)
@@ -360,9 +372,10 @@ def test_out_of_memory_ends_no_run(bench, monkeypatch, dense, after):
     assert found["pytorch"]["status"] == "ok" and found["copy"]["ms"] > 0
 
 
-def test_inputs_that_do_not_fit_end_no_run(bench, monkeypatch, dense):
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_inputs_that_do_not_fit_end_no_run(bench, monkeypatch, dense, error):
     def draw(case):
-        raise torch.OutOfMemoryError("no")
+        raise error
 
     monkeypatch.setattr(bench.suites.Dense, "draw", draw)
     measuring = bench.measure.Run(bench.devices.Cpu(), 2, 60.0)
@@ -378,6 +391,42 @@ def test_peers_that_are_not_there_say_why(bench, tmp_path, capsys, suite, dtype)
     assert status == 0 and found["trl"].startswith("missing: trl.")
     assert found["triton"] == "missing: needs a CUDA device"
     assert "TRL" in capsys.readouterr().out and documents[suite]["machine"]["packages"]
+
+
+def test_failure_in_a_round_is_of_its_variant(bench, monkeypatch, dense):
+    calls = []
+
+    def loss(x):
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("an illegal memory access")
+        return right(x)
+
+    add(monkeypatch, bench, "dense", "late", loss)
+    measuring = bench.measure.Run(bench.devices.Cpu(), 3, 60.0, memory=False)
+    found = {line["variant"]: line for line in measuring.measure(dense, ["late", "pytorch"])}
+    assert found["late"]["status"] == "failed: RuntimeError: an illegal memory access"
+    assert found["late"]["ms"] is None and found["pytorch"]["ms"] > 0
+
+
+@pytest.mark.parametrize("backward", (True, False))
+def test_nobody_is_there(bench, backward):
+    """And no yardstick either."""
+    case = bench.suites.Linear("cpu", "float32", 8, 300, hidden=8, backward=backward)
+    lines = bench.measure.Run(bench.devices.Cpu(), 1, 60.0).measure(case, ["triton"])
+    assert lines[0]["status"] == "missing: needs a CUDA device"
+    case = bench.suites.Dense("cpu", "float32", 4, 16, backward=backward)
+    (line,) = bench.measure.Run(bench.devices.Cpu(), 1, 60.0).measure(case, ["triton"])
+    assert line["ms"] is None
+
+
+def test_peak_that_cannot_be_measured_leaves_the_time(bench, monkeypatch, dense):
+    def broken(*args):
+        raise RuntimeError("no memory for the inputs")
+
+    monkeypatch.setattr(bench.devices.Cpu, "peak", broken)
+    (line, *_) = bench.measure.Run(bench.devices.Cpu(), 1, 60.0).measure(dense, ["pytorch"])
+    assert line["status"] == "ok" and line["ms"] > 0 and line["peak_mb"] is None
 
 
 # Memory
@@ -472,9 +521,12 @@ def test_turn_on_a_gpu(bench, dense):
         def run(self):
             order.append("run")
 
+        def drop(self):
+            order.append("drop")
+
     measuring = bench.measure.Run(CpuAsGpu(), 1, 60.0)
     measuring.turn(Recorded)
-    assert order == ["prepare", "run", "prepare", "run"]
+    assert order == ["prepare", "run", "prepare", "run", "drop"]
 
 
 @pytest.mark.parametrize(

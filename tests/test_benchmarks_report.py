@@ -176,22 +176,12 @@ def test_scaled_sizes(bench):
 
 def test_scale_run(bench, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
-    options = [
-        "dense",
-        "--scale",
-        "threads",
-        "--rows",
-        "8",
-        "--vocab",
-        "600",
-        "--dtypes",
-        "float32",
-    ]
+    options = ["dense", "--scale", "vocab", "--rows", "8", "--vocab", "600", "900"]
     options += ["--variants", "eager", "pytorch", "--rounds", "1", "--no-memory", "--device", "cpu"]
     assert bench.command.main([*options, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "exponent" in printed and "fitted" in printed
-    (path,) = tmp_path.glob("dense-threads-*.json")
+    (path,) = tmp_path.glob("dense-vocab-some-*.json")
     document = json.loads(path.read_text())
     assert {row["variant"] for row in document["rows"]} >= {"eager", "pytorch"}
     assert path.with_suffix(".csv").is_file() and path.with_suffix(".summary.md").is_file()
@@ -237,8 +227,14 @@ def test_summary_has_the_types_side_by_side(bench):
         "| extra MB |"
     )
     assert rows[1] == "| the pytorch one | 1,117 | 20.4 | 525 | 1,117 | 20.4 | 525 |"
-    assert "Not installed or not for this device: the trl one, the gkd one" in text
-    assert machine["commit"] in text and "42% of a copy" in text
+    assert "Not here: the trl one, the gkd one." in text and "the pytorch one." not in text
+    assert machine["commit"] in text and "42% of a copy" in text and "Called once" not in text
+    records = some_records(bench)
+    records[0]["status"], records[1]["calls"] = "wrong: loss off by 1", 1
+    records[6]["status"] = "lacks: a temperature"
+    text = bench.report.summary(records, machine, 5)
+    assert "| the native one | wrong |  |  | – |  |  |" in text, "what is wrong is marked"
+    assert "| the pytorch one | 1,117¹ |" in text and "¹ Called once" in text
 
 
 def test_pictures(bench, tmp_path):
@@ -314,10 +310,12 @@ def test_listing(bench, capsys):
     "arguments, said",
     [
         (["dens"], "unknown suite dens: expected dense, linear, sparse, loop or stages"),
-        (["dense", "--variants", "nobody"], "--variants nobody: expected some of compiled, eager"),
+        (["dense", "--variants", "nobody"], "--variants nobody: expected some of compiled"),
         (["dense", "--dtypes", "int8"], "invalid choice: 'int8'"),
         (["dense", "--rows", "0"], "0: expected at least 1"),
         (["dense", "--scale", "k"], "--scale k: dense has rows, vocab, threads"),
+        (["dense", "--scale", "rows", "--alphas", "0", "1"], "--scale rows varies one size"),
+        (["dense", "--scale", "rows", "--quick"], "--scale rows: one size alone has no exponent"),
         (["loop", "--rows", "100", "--rounds", "1"], "rows=100: loop takes sequences of 128"),
         (["sparse", "--k", "99999999", "--quick"], "k=99999999: V is 4096"),
         (["--include", "nowhere.md"], "nowhere.md"),
@@ -328,6 +326,34 @@ def test_wrong_arguments_are_named(bench, capsys, arguments, said):
         bench.command.main([*arguments, "--device", "cpu"])
     assert status.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_published_files_are_replaced_by_a_whole_run_alone(bench):
+    parse = bench.command.parser().parse_args
+    assert not bench.command.narrowed(parse(["dense", "--rounds", "9", "--out", "x"]))
+    narrow = (["--quick"], ["--rows", "8"], ["--variants", "native"], ["--dtypes", "float32"])
+    for option in (*narrow, ["--loss-only"], ["--alphas", "0"], ["--threads", "1"]):
+        assert bench.command.narrowed(parse(["dense", *option])), option
+
+
+def test_files_hold_no_nan(bench, tmp_path):
+    document = {"machine": bench.results.machine(), "rows": [{"a": float("nan"), "b": [1.5]}]}
+    bench.results.write(tmp_path, "x", document, {"all": "page"})
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: 1 / 0)
+    assert read["rows"] == [{"a": None, "b": [1.5]}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.all.md", "x.csv", "x.json"]
+    bench.results.remove(tmp_path, "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_variants_of_the_loop_by_either_name(bench):
+    parse = bench.command.parser().parse_args
+    options = ["loop", "--device", "cpu", "--variants", "native", "pytorch-heads"]
+    (names,) = bench.command.planned(parse(options))["loop"].values()
+    assert names == ["native-heads", "pytorch-heads", "native-logits"]
+    options = ["loop", "--device", "cpu", "--scale", "rows"]
+    for names in bench.command.planned(parse(options))["loop"].values():
+        assert names == ["native-heads", "pytorch-heads"]
 
 
 def test_options_change_what_is_measured(bench):

@@ -119,8 +119,6 @@ def chunked(case, compiled=False):
     both = found(
         *weights, base.generalized_beta(case), temperature=case.temperature, compiled=compiled
     )
-    if compiled:
-        torch.compiler.reset()  # each shape for itself
     return lambda x: both(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
 
 

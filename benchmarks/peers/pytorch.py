@@ -75,8 +75,6 @@ def in_float32(case):
 
 
 def compiled(loss):
-    # Each shape for itself: what was compiled before would make it dynamic, or be the limit.
-    torch.compiler.reset()
     return torch.compile(loss, dynamic=False, fullgraph=True)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from kdkernels import kd_loss
 
-from ..case import CHECKED_ENTRIES, Case, Definition, Inputs, some_of
+from ..case import Case, Definition, Inputs, Yardstick, rows_of
 from ..peers import variants_of
 from .dense import without_eager
 
@@ -28,7 +28,7 @@ class Heads(Inputs):
         return [self.hidden, self.weight]
 
 
-class Products:
+class Products(Yardstick):
     """The products alone, of whole matrices, into memory that is there."""
 
     title = "the matrix products alone"
@@ -36,11 +36,9 @@ class Products:
     def __init__(self, case, inputs):
         self.inputs, self.teacher_counts = inputs, case.alpha > 0
         n, v = len(inputs.hidden), len(inputs.weight)
-        self.logits, self.teacher = (inputs.hidden.new_empty((n, v)) for _ in range(2))
-        self.grads = [torch.empty_like(x) for x in inputs.leaves()]
-
-    def prepare(self):
-        pass
+        # Written once: on a CPU memory is there only then.
+        self.logits, self.teacher = (inputs.hidden.new_empty((n, v)).fill_(0) for _ in range(2))
+        self.grads = [torch.empty_like(x).fill_(0) for x in inputs.leaves()]
 
     @torch.no_grad()
     def run(self):
@@ -113,12 +111,9 @@ class Linear(Case):
 
     def definition(self, x, rounding):
         n, v = self.rows, self.vocab
-        if not self.backward:
-            tokens = classes = torch.arange(0)
-        elif n * v <= CHECKED_ENTRIES:
-            tokens, classes = torch.arange(n), torch.arange(v)
-        else:
-            tokens, classes = some_of(n), some_of(v)
+        tokens = classes = torch.arange(0)
+        if self.backward:
+            tokens, classes = rows_of(n, (n + v) * self.hidden), rows_of(v, (n + v) * self.hidden)
         hidden, weight, *teacher = (
             x.detach().double() for x in (x.hidden, x.weight, x.teacher_hidden, x.teacher_weight)
         )

@@ -13,7 +13,7 @@ from torch import nn
 
 from kdkernels import kd_loss
 
-from ..case import Case, Definition, Inputs
+from ..case import Case, Definition, Inputs, Yardstick
 from ..peers import variants_of
 from .dense import Logits
 from .linear import Heads
@@ -88,32 +88,35 @@ class Trained:
         return step
 
 
-class ModelsAlone:
+class ModelsAlone(Yardstick):
     """The yardstick: both models without heads, the student's backward pass, the optimiser."""
 
     title = "the models without heads"
 
     def __init__(self, case, inputs):
-        self.inputs = inputs
+        self.inputs, self.backward = inputs, case.backward
         self.upstream = torch.ones_like(inputs.student(inputs.tokens))
 
-    def prepare(self):
+    def drop(self):
         for leaf in self.inputs.leaves():
             leaf.grad = None
 
     def run(self):
-        self.prepare()
+        self.drop()
         with torch.no_grad():
             self.inputs.teacher(self.inputs.tokens)
-        self.inputs.student(self.inputs.tokens).backward(self.upstream)
-        self.inputs.update()
+        with torch.set_grad_enabled(self.backward):
+            hidden = self.inputs.student(self.inputs.tokens)
+        if self.backward:
+            hidden.backward(self.upstream)
+            self.inputs.update()
 
 
 @dataclass(frozen=True)
 class Loop(Case):
     hidden: int = 256
 
-    suite, base = "loop", "native-heads"
+    suite, base, formula = "loop", "native-heads", "pytorch-heads"
     variants = {
         f"{name}-{form}": replace(
             variant, title=f"{variant.title}, {form}", make=Trained(variant, form)
@@ -131,6 +134,9 @@ class Loop(Case):
     def shape(self):
         return f"{self.rows:,} × {self.hidden:,} × {self.vocab:,}"
 
+    def is_one_of(self, name, wanted):
+        return name in wanted or name.rpartition("-")[0] in wanted
+
     @property
     def yardsticks(self):
         return {"models": ModelsAlone}
@@ -139,15 +145,19 @@ class Loop(Case):
         return replace(self, rows=LENGTH, hidden=64, vocab=512)
 
     def draw(self):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.device(self.device):
             torch.manual_seed(0)
             student = Model(self.vocab, self.hidden, LAYERS["student"])
             teacher = Model(self.vocab, 2 * self.hidden, LAYERS["teacher"])
             tokens = torch.randint(self.vocab, (self.rows // LENGTH, LENGTH + 1))
-        student, teacher = (m.to(self.device, self.torch_dtype) for m in (student, teacher))
-        tokens = tokens.to(self.device)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
+        student, teacher = (model.to(self.torch_dtype) for model in (student, teacher))
         teacher.requires_grad_(False).eval()
+        # An eps that float16 has. A first step makes the optimiser's state, which is no call's.
+        optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, eps=1e-6)
+        for leaf in student.parameters():
+            leaf.grad = torch.zeros_like(leaf)
+        optimizer.step()
+        optimizer.zero_grad()
         labels = tokens[:, 1:].flatten()
         return Training(student, teacher, tokens[:, :-1], labels, optimizer)
 

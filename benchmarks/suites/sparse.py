@@ -8,7 +8,7 @@ import torch
 from kdkernels import Sampled, TopK, kd_loss
 from kdkernels.kept import keep
 
-from ..case import Case, Copy, Definition
+from ..case import Case, Copy, Definition, Yardstick
 from ..peers import variants_of
 from . import dense
 
@@ -18,7 +18,7 @@ class Kept(dense.Logits):
     teacher: TopK | Sampled  # ids and what is known of them (N, K)
 
 
-class Order:
+class Order(Yardstick):
     """The part of kdkernels' time that brings the teacher's ids in order, and checks them."""
 
     title = "kdkernels, the ids' order alone"
@@ -28,9 +28,6 @@ class Order:
         self.objective = SimpleNamespace(
             ignore_index=-100, temperature=case.temperature, vocab_size=case.vocab
         )
-
-    def prepare(self):
-        pass
 
     def run(self):
         keep(*self.given, self.objective)
