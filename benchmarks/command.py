@@ -21,6 +21,7 @@ ROUNDS = 5
 PATIENCE = {"cpu": 15.0, "cuda": 0.5}
 SIZES = ("rows", "vocab", "hidden", "k", "tail", "threads")
 OBJECTIVE = ("dtype", "divergence", "temperature", "alpha")
+ELSEWHERE = ("out", "include", "list")  # options that change no number, and may name a folder
 SCALES = ("rows", "vocab", "k", "threads")
 
 
@@ -251,7 +252,8 @@ def run(plan, device, settings):
     for suite, cases in plan.items():
         measuring = measure.Run(device, rounds, patience, memory)
         document = {"suite": suite, "machine": machine, "scale": settings.scale}
-        document["settings"] = {**vars(settings), "suites": [suite], "rounds": rounds}
+        chosen = {name: value for name, value in vars(settings).items() if name not in ELSEWHERE}
+        document["settings"] = {**chosen, "suites": [suite], "rounds": rounds}
         document["rows"] = records = []
         parts = [suite, *([settings.scale] if settings.scale else [])]
         if narrowed(settings):

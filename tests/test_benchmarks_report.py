@@ -278,6 +278,25 @@ def test_pages_include_files_word_for_word(bench, tmp_path):
         bench.results.include(page, tmp_path)
 
 
+@pytest.mark.parametrize("page", ("README.md", "docs/performance.md"))
+def test_published_tables_are_those_of_the_result_files(bench, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- from benchmarks/results/" in text
+    assert bench.results.include(ROOT / page) == text, "run make pages"
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / page).parent.joinpath(name).exists(), name
+
+
+def test_result_files_say_where_they_come_from(bench):
+    files = sorted(bench.results.FOLDER.glob("*.json"))
+    assert files
+    for path in files:
+        machine = json.loads(path.read_text())["machine"]
+        assert re.fullmatch("[0-9a-f]{7,40}", machine["commit"]) and machine["date"], path.name
+        assert machine["packages"]["torch"] and machine["cpu"], path.name
+        assert "out" not in json.loads(path.read_text())["settings"], "a folder of that machine"
+
+
 # The command
 
 
