@@ -144,11 +144,7 @@ def rows_of(count, entries):
 
 
 class Inputs:
-    """What a loss is called with."""
-
-    def leaves(self):
-        """The tensors whose gradients are the result."""
-        raise NotImplementedError
+    """What a loss is called with; `leaves()` are the tensors whose gradients are the result."""
 
     def update(self):
         """What a step does after the backward pass."""

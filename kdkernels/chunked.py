@@ -12,20 +12,23 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import ops
+from . import ops, pages
 from .backends import eager
 from .kept import Kept
 from .sources import Ensemble, LinearHead
 
-# The rule for rows that exist at a time: as many times ROWS as fit these bytes, but no fewer. A
-# product of them is efficient: they are whole tiles of it. Every chunk of the student's reads and
-# writes all of the weight's gradient: on a GPU, whose products are fast, that has to be rare. A
-# teacher's logits are read as soon as they are written: from a cache, where it is large enough.
+# The rule for rows that exist at a time: as many times ROWS as fit these bytes, which are whole
+# tiles of a product. Each product reads all of the weight, which has to be rare: from LEAST_ROWS
+# upward it is, and fewer are only taken where those are more than a quarter of all rows. Every
+# chunk of the student's also reads and writes all of the weight's gradient: on a GPU, whose
+# products are fast, that has to be rarer still. A teacher's logits are read as soon as they are
+# written: from a cache, where it is large enough.
 CHUNK_BYTES = {"cpu": 2**26}
 DEFAULT_CHUNK_BYTES = 2**29
 STEP_BYTES = {"cpu": 2**25}
 DEFAULT_STEP_BYTES = 2**27
 ROWS = 128
+LEAST_ROWS = 512
 BLOCK = 1024  # rows of a weight or of its gradient at a time, where they have to be converted
 FIRST_ROWS = 64  # of a gradient that is rounded in place
 
@@ -44,7 +47,8 @@ def chunk_rows(head, columns):
     if head.chunk_rows is not None:
         return head.chunk_rows
     budget = CHUNK_BYTES.get(head.hidden.device.type, DEFAULT_CHUNK_BYTES)
-    return _rows(budget, columns * logits_dtype(head.hidden).itemsize)
+    row_bytes = columns * logits_dtype(head.hidden).itemsize
+    return _rows(budget, row_bytes, head.hidden.shape[:-1].numel())
 
 
 def step_rows(student, teacher, columns):
@@ -56,12 +60,15 @@ def step_rows(student, teacher, columns):
     row_bytes = sum(columns * logits_dtype(head.hidden).itemsize for head in heads)
     if isinstance(teacher, Ensemble):
         row_bytes += 3 * columns * 4  # a member's logits and log-probabilities, and the mean
-    device = student.hidden.device if isinstance(student, LinearHead) else student.device
-    return _rows(STEP_BYTES.get(device.type, DEFAULT_STEP_BYTES), row_bytes)
+    rows = student.hidden if isinstance(student, LinearHead) else student
+    budget = STEP_BYTES.get(rows.device.type, DEFAULT_STEP_BYTES)
+    return _rows(budget, row_bytes, rows.shape[:-1].numel() if heads else 0)
 
 
-def _rows(budget, row_bytes):
-    return max(budget // (ROWS * max(row_bytes, 1)), 1) * ROWS
+def _rows(budget, row_bytes, count):
+    """count: all rows of the products, 0 where there is none."""
+    least = min(LEAST_ROWS, count // 4 // ROWS * ROWS)
+    return max(budget // (ROWS * max(row_bytes, 1)) * ROWS, least, ROWS)
 
 
 def steps(shape, rows):
@@ -147,7 +154,7 @@ class Projection:
             self.bias = None if self.bias is None else self.bias.to(dtype)
         self.wide = self.hidden.dtype != dtype  # the product's own: see _widens
         rows = min(rows, self.hidden.shape[0])
-        self.buffer = self.hidden.new_empty((rows, columns), dtype=dtype)
+        self.buffer = pages.advise_huge(self.hidden.new_empty((rows, columns), dtype=dtype))
 
     def blocks(self):
         """(columns, rows of the weight for a product), one after the other."""
@@ -195,8 +202,9 @@ class WeightGradient:
     def empty(cls, weight, columns, dtype):
         rest = None
         if dtype != weight.dtype:
-            rest = weight.new_empty((columns - columns // 2, weight.shape[1]), dtype=dtype)
-        return cls(weight.new_empty(weight.shape), rest, columns)
+            shape = columns - columns // 2, weight.shape[1]
+            rest = pages.advise_huge(weight.new_empty(shape, dtype=dtype))
+        return cls(pages.advise_huge(weight.new_empty(weight.shape)), rest, columns)
 
     def sums(self):
         """Blocks of rows of the sums, in order."""

@@ -6,6 +6,8 @@ chosen by name and not by device: `torch.ops.kdkernels.distill_rows.native(...)`
 
 import torch
 
+from . import pages
+
 LIBRARY = torch.library.Library("kdkernels", "DEF")
 
 # The fields of `objective.Objective`, in its order.
@@ -58,7 +60,7 @@ def new_losses(student):
 
 
 def new_grad(student, wanted):
-    return student.new_empty(student.shape if wanted else (0,))
+    return pages.advise_huge(student.new_empty(student.shape if wanted else (0,)))
 
 
 def _fake_distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):

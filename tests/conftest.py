@@ -1,5 +1,8 @@
 """What every test shares: the backends and dtypes to run on, and exact comparisons."""
 
+import importlib
+from pathlib import Path
+
 import triton_on_cpu  # isort: skip - before anything that looks at its setting
 import cuda_for_cpu
 import cuda_on_cpu
@@ -28,6 +31,7 @@ NAMES = tuple(dict.fromkeys(name for name, _ in DIVERGENCES))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAN, INF = float("nan"), float("inf")
+ROOT = Path(__file__).parent.parent
 
 cuda_on_cpu.register()
 cuda_for_cpu.register()
@@ -68,6 +72,20 @@ def _param(name, *dtype):
     reason = UNAVAILABLE[name]
     marks = pytest.mark.skip(reason=f"{name}: {reason}") if reason else ()
     return pytest.param(name, *dtype, marks=marks, id=label)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The package as `python -m kdkernels bench` sees it, on one thread; torch's are put back."""
+    monkeypatch.syspath_prepend(ROOT)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    package = importlib.import_module("benchmarks")
+    modules = "case command definition devices measure plots report results scaling suites targets"
+    for name in modules.split():
+        importlib.import_module(f"benchmarks.{name}")
+    yield package
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

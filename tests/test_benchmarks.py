@@ -22,19 +22,6 @@ PEERS = ("trl", "liger_kernel", "fla", "speculators", "quack")
 PEAK = 10**6
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The package as `python -m kdkernels bench` sees it; torch's threads are put back."""
-    monkeypatch.syspath_prepend(ROOT)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    package = importlib.import_module("benchmarks")
-    for name in "command case devices definition measure suites".split():
-        importlib.import_module(f"benchmarks.{name}")
-    yield package
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def no_peers(monkeypatch):
     """Nobody else can be imported, whether they are there or not."""

@@ -8,20 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    threads = torch.get_num_threads()
-    package = importlib.import_module("benchmarks")
-    for name in "command measure plots report results scaling suites targets".split():
-        importlib.import_module(f"benchmarks.{name}")
-    yield package
-    torch.set_num_threads(threads)
 
 
 def lines_of(bench, case, **variants):

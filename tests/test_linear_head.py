@@ -10,7 +10,7 @@ import torch
 from conftest import INF, NAN, assert_plus_zero, assert_same_bits, random_like
 from oracle import assert_loss_close, gradient_bound, reference, ulp
 
-from kdkernels import LinearHead, chunked, kd_loss
+from kdkernels import Ensemble, LinearHead, chunked, kd_loss
 
 IGNORE = -100
 H, V = 6, 90
@@ -424,3 +424,23 @@ def test_eager_is_differentiable_twice(reduction):
 
     assert torch.autograd.gradcheck(loss, leaves)
     assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+def test_rows_that_exist_at_a_time():
+    """By a budget in bytes; for large vocabularies by rows, which are no more than a quarter."""
+
+    def rows(n, v, dtype=torch.float32):
+        head = LinearHead(torch.empty(n, 2, dtype=dtype), torch.empty(v, 2, dtype=dtype))
+        chunk, step = chunked.chunk_rows(head, v), chunked.step_rows(head, head, v)
+        assert chunk % chunked.ROWS == 0 and step % chunked.ROWS == 0
+        return chunk, step
+
+    chunk, step = rows(10**4, 1000)
+    assert 4000 * chunk <= chunked.CHUNK_BYTES["cpu"] < 4000 * (chunk + chunked.ROWS)
+    assert 4000 * step <= chunked.STEP_BYTES["cpu"] < 4000 * (step + chunked.ROWS)
+    assert rows(10**4, 2**18) == rows(2048, 2**18) == (512, 512)
+    assert rows(1024, 2**18) == (256, 256)
+    assert rows(100, 2**18) == (128, 128)
+    mean = Ensemble([torch.empty(2048, 2**18, device="meta")])
+    student = torch.empty(2048, 2**18, device="meta")
+    assert chunked.step_rows(student, mean, 2**18) == chunked.ROWS  # there is no product

@@ -1,10 +1,6 @@
 // Picks the copy of the kernels that this processor runs best.
 #include "cpu/cpu.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace kdk {
 namespace {
 
@@ -32,20 +28,6 @@ const Level& level() {
   return chosen;
 }
 
-// A gradient is a fresh allocation of hundreds of megabytes, and faulting it in page by page costs
-// as much as computing it. The system is asked for huge pages before the first touch, which the
-// thread that fills a row makes.
-void advise_huge_pages(const DistillArgs& args) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kHugePage = 1 << 21;
-  const std::int64_t bytes = args.batch * args.length * args.width * size_of(args.grad.dtype);
-  const auto begin = reinterpret_cast<std::uintptr_t>(args.grad.data);
-  const std::uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
-  const std::uintptr_t last = (begin + static_cast<std::uintptr_t>(bytes)) & ~(kHugePage - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 std::int64_t find_bad_label(const DistillArgs& args) {
@@ -58,11 +40,7 @@ std::int64_t find_bad_label(const DistillArgs& args) {
   return -1;
 }
 
-void distill_rows(const DistillArgs& args, int threads) {
-  const bool fresh = args.grad.data != nullptr && args.grad.data != args.student.data;
-  if (fresh) advise_huge_pages(args);
-  level().distill_rows(args, threads);
-}
+void distill_rows(const DistillArgs& args, int threads) { level().distill_rows(args, threads); }
 
 void scale_rows(const ScaleArgs& args, int threads) { level().scale_rows(args, threads); }
 
