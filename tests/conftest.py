@@ -1,5 +1,6 @@
 """What every test shares: the backends and dtypes to run on, and exact comparisons."""
 
+import gc
 import importlib
 from pathlib import Path
 
@@ -84,7 +85,9 @@ def bench(monkeypatch):
     modules = "case command definition devices measure plots report results scaling suites targets"
     for name in modules.split():
         importlib.import_module(f"benchmarks.{name}")
+    gc.freeze()  # it collects garbage often, and need not look through all of the tests' objects
     yield package
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
