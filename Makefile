@@ -89,7 +89,9 @@ $(VERSIONS:%=$(VENV)-%/tools.stamp): $(VENV)-%/tools.stamp: Makefile constraints
 	grep -vE '^(torch|triton|numpy|setuptools)==' constraints.txt > $(VENV)-$*/constraints.txt
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(VENV)-$*/constraints.txt $($*) \
-		matplotlib rich 'setuptools>=77' cmake ninja pybind11 pytest pytest-xdist hypothesis mpmath
+		matplotlib rich jinja2 pillow accelerate transformers safetensors pyyaml mistral-common \
+		tensorboard scipy optuna peft \
+		'setuptools>=77' cmake ninja pybind11 pytest pytest-xdist hypothesis mpmath
 	@touch $@
 
 $(VENV)/kdkernels.stamp: $(VENV)/tools.stamp $(BUILD) $(SOURCES)

@@ -337,7 +337,7 @@ def test_sampled_is_unbiased(compiled):
     generator = torch.Generator().manual_seed(0)
     p = teacher.softmax(-1)
     errors = []
-    for n in (100, 10_000):
+    for n in (25, 2_500):
         ids = p.expand(n, -1).multinomial(8, replacement=True, generator=generator)
         source = Sampled(ids, torch.ones_like(ids))
         _, grad = run(
@@ -345,7 +345,7 @@ def test_sampled_is_unbiased(compiled):
         )
         errors.append((grad.sum(0) - exact[0]).norm().item())
     # Each gradient's standard deviation is at most that of 8 draws, √(1/8).
-    assert errors[0] < 4 * (1 / 800) ** 0.5 and errors[1] < 4 * (1 / 80_000) ** 0.5
+    assert errors[0] < 4 * (1 / 200) ** 0.5 and errors[1] < 4 * (1 / 20_000) ** 0.5
     assert errors[1] < errors[0] / 3
 
 
