@@ -1,16 +1,67 @@
-"""The command line: `python -m kdkernels distill`, `bench` and `info`.
+"""The command line: `python -m kdkernels distill`, `sweep`, `report`, `bench` and `info`.
 
-Exit codes: 0 done, 1 what `bench` found wrong, 2 a wrong argument or file (one line on stderr says
-which), 130 interrupted.
+Exit codes: 0 done, 1 what `bench` found wrong or a training that failed, 2 a wrong argument or file
+(one line on stderr says which), 130 interrupted.
 """
 
 import argparse
+import functools
 import importlib
+import inspect
 import sys
+import warnings
 from pathlib import Path
 
 from . import info
-from .distill import digits, digits_demo
+from .distill import CheckpointError, TrainingError
+from .distill.jobs import Config, config
+from .distill.presets import digits
+
+WRONG = TypeError, ValueError, RuntimeError, OSError, ImportError
+TECHNIQUES = (
+    "teacher-first, unlabelled, missing-digit, offline, ensemble, specialists, hints, attention, "
+    "born-again, schedule"
+)
+DISTILL = f"""
+Trains a student on a teacher's soft targets and on labels, and compares the two on test data.
+
+The preset `digits` trains a teacher on {digits.TRAINING:,} handwritten digits, then students on few
+of them, with hard labels and with the teacher's soft targets, and compares them on 797 test images;
+with --technique it shows another way to distil. The preset `text` does it with language models.
+With --student, checkpoints of Hugging Face are distilled: causal language models on text files, or
+image classifiers on a folder of images for each class. All that can be wrong is checked before the
+first step. Interrupted (Ctrl-C) or killed, the same command goes on where it was.
+"""
+DISTILL_EXAMPLES = """
+examples:
+  python -m kdkernels distill                           digits; open runs/digits/report.html
+  python -m kdkernels distill --technique specialists   Hinton et al. 2015, section 5, on digits
+  python -m kdkernels distill --preset text
+  python -m kdkernels distill --teacher DIR --student DIR --data DIR --out runs/mine
+  python -m kdkernels distill --student DIR --data DIR --alpha 0     a teacher first, on labels
+  python -m kdkernels distill --config run.yaml --alpha 0.9          options of a file, but alpha
+
+run.yaml has a line for each option, as in the config.yaml that every run leaves:
+  teacher: models/large
+  student: models/small
+  data: texts
+  epochs: 3
+  hints: [{student: model.layers.3, teacher: model.layers.7, weight: 0.1}]
+
+The teacher's most probable classes can be written first, once, and read as often as you like:
+  ... --teacher-predictions top.safetensors --write-teacher-predictions --topk 64
+"""
+SWEEP_EXAMPLES = """
+examples:
+  python -m kdkernels sweep                                     a grid over both
+  python -m kdkernels sweep --temperatures 1 20 --alphas 0 1 --trials 30     chosen by Optuna
+"""
+REPORT_EXAMPLES = """
+Every run leaves a report.html. This writes it anew, of results.json and the pictures beside it.
+
+example:
+  python -m kdkernels report runs/digits
+"""
 
 
 def main(argv=None):
@@ -20,10 +71,16 @@ def main(argv=None):
         SystemExit: code 2 after a wrong argument, code 0 after --help.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m kdkernels", description="Knowledge distillation: the loss and the loop."
+        prog="python -m kdkernels",
+        description="Knowledge distillation: the loss and the loop.",
+        epilog="`COMMAND --help` explains each, with examples.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_distill(commands)
+    _add_sweep(commands)
+    report = _add(commands, "report", "write report.html of a run again", REPORT_EXAMPLES)
+    report.add_argument("folder", metavar="DIR", help="what --out was: it has a results.json")
+    report.set_defaults(run=_report)
     # Its arguments are those of benchmarks/command.py, help included.
     commands.add_parser(
         "bench", help="measure losses: correctness, time and memory", add_help=False
@@ -42,56 +99,107 @@ def main(argv=None):
         return 130
 
 
-def _add_distill(commands):
-    distill = commands.add_parser(
-        "distill",
-        help="train a teacher and distil it into students",
-        description=f"Trains a teacher on {digits.TRAINING:,} handwritten digits, then students on "
-        "few of them, with hard labels and with the teacher's soft targets, and compares them on "
-        "797 test images. Prints tables, writes pictures and results.json.",
+def _add(commands, name, text, examples, description=None):
+    """A command, whose options are absent where they are not given."""
+    return commands.add_parser(
+        name,
+        help=text,
+        usage="%(prog)s [options]" if description else None,
+        description=description or text,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    add = distill.add_argument
-    add("--preset", choices=["digits"], default="digits", help="data and models; default: digits")
-    add("--out", metavar="DIR", default="runs/digits", help="for the results; default: %(default)s")
-    add(
+
+
+def _add_distill(commands):
+    distill = _add(
+        commands,
+        "distill",
+        "distil a teacher into students: a preset, or checkpoints of yours",
+        DISTILL_EXAMPLES,
+        DISTILL,
+    )
+    distill.add_argument(
+        "--preset",
+        choices=["digits", "text"],
+        help="data and models that are there; default: digits, where there is no --student",
+    )
+    distill.add_argument("--config", metavar="FILE.yaml", help="options of checkpoints, below")
+    presets = distill.add_argument_group("presets (some options of checkpoints, too)")
+    presets.add_argument(
+        "--technique", metavar="NAME", help=f"of the preset digits, one of {TECHNIQUES}"
+    )
+    presets.add_argument(
         "--sizes",
         metavar="N",
         type=int,
         nargs="+",
-        default=digits.SIZES,
         help=f"labelled images that students see; default: {_spaced(digits.SIZES)}",
     )
-    add(
-        "--temperatures",
-        metavar="T",
-        type=float,
-        nargs="+",
-        default=digits.TEMPERATURES,
-        help=f"of the soft targets; default: {_spaced(digits.TEMPERATURES)}",
-    )
-    add(
-        "--seeds",
-        metavar="N",
-        type=int,
-        default=digits.SEEDS,
-        help="students for each size and target; default: %(default)s",
-    )
-    add(
-        "--steps",
-        metavar="N",
-        type=int,
-        default=digits.STEPS,
-        help="optimiser steps of every network; default: %(default)s",
-    )
-    add(
+    _add_temperatures(presets)
+    _add_seeds(presets)
+    presets.add_argument(
         "--teacher-logits",
         metavar="FILE.npy",
         help="the teacher's logits for the training images, "
         f"({digits.TRAINING}, {digits.CLASSES}): used instead of a teacher where the file exists, "
         "written where it does not",
     )
-    add("--backend", metavar="NAME", help="of the loss; default: the fastest that is usable")
+    presets.add_argument(
+        "--teacher-steps", metavar="N", type=int, help="of the teacher of the preset text"
+    )
+    presets.add_argument(
+        "--blocks", metavar="N", type=int, help="of text that students of that preset see"
+    )
+    config.add_arguments(distill)
     distill.set_defaults(run=_distill)
+
+
+def _add_sweep(commands):
+    sweep = _add(
+        commands,
+        "sweep",
+        "try temperatures and alphas on the digits",
+        SWEEP_EXAMPLES,
+        "Which temperature and alpha suit students that see few labelled digits: chosen on "
+        "images that are held out, with a picture.",
+    )
+    add = sweep.add_argument
+    add("--out", metavar="DIR", help="for the results; default: runs/sweep")
+    _add_temperatures(sweep)
+    add("--alphas", metavar="X", type=float, nargs="+", help="weights of the teacher, in [0, 1]")
+    add(
+        "--trials",
+        metavar="N",
+        type=int,
+        help="trainings that Optuna chooses, between the smallest and the largest of both; "
+        "default: all combinations",
+    )
+    add("--size", metavar="N", type=int, help="labelled images that a student sees")
+    _add_seeds(sweep)
+    add("--steps", metavar="N", type=int, help="optimiser steps of every network")
+    add("--backend", metavar="NAME", help="of the loss; default: the fastest that is usable")
+    sweep.set_defaults(run=_sweep)
+
+
+def _add_temperatures(parser):
+    parser.add_argument(
+        "--temperatures",
+        metavar="T",
+        type=float,
+        nargs="+",
+        help=f"of the soft targets; default: {_spaced(digits.TEMPERATURES)}",
+    )
+
+
+def _add_seeds(parser):
+    parser.add_argument(
+        "--seeds",
+        metavar="N",
+        type=int,
+        help=f"students of each kind; default: {digits.SEEDS}",
+    )
 
 
 def _spaced(numbers):
@@ -99,21 +207,98 @@ def _spaced(numbers):
 
 
 def _distill(arguments):
+    return _run(arguments, _job if _has_checkpoints(arguments) else _preset)
+
+
+def _has_checkpoints(arguments):
+    return any(name in arguments for name in ("student", "teacher", "data", "config"))
+
+
+def _sweep(arguments):
+    return _run(arguments, lambda given: _demo("the sweep", "sweep_demo", "runs/sweep", given))
+
+
+def _run(arguments, make):
+    """make: options that were given by name -> what has a `run`, everything checked."""
+    command = arguments.command
+    given = {k: x for k, x in vars(arguments).items() if k not in ("command", "run")}
     try:
-        demo = digits_demo.Demo(
-            arguments.out,
-            sizes=arguments.sizes,
-            temperatures=arguments.temperatures,
-            seeds=arguments.seeds,
-            steps=arguments.steps,
-            teacher_logits=arguments.teacher_logits,
-            backend=arguments.backend,
-        )
-    except (TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"python -m kdkernels distill: error: {error}", file=sys.stderr)
-        return 2
-    demo.run()
+        job = make(given)
+    except WRONG as error:
+        return _wrong(command, error)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_warn, command)
+            results = job.run()
+    except CheckpointError as error:
+        return _wrong(command, error)
+    except TrainingError as error:
+        return _wrong(command, error, code=1)
+    if results is not None:  # of several processes, the main one has them
+        from .distill import html
+
+        html.write(job.out)
     return 0
+
+
+def _job(given):
+    from .distill.jobs import Job
+
+    if "preset" in given:
+        raise ValueError("--preset goes without --student and --config")
+    in_file = config.read(given.pop("config")) if "config" in given else {}
+    _check_options("checkpoints", given, [each.name for each in config.fields()])
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    return Job(Config.of({**in_file, **given}))
+
+
+def _preset(given):
+    preset = given.pop("preset", "digits")
+    if preset == "text":
+        return _demo("the preset text", "text_demo", "runs/text", given)
+    if "technique" in given:
+        return _demo("a technique", "techniques", f"runs/{given['technique']}", given)
+    return _demo("the preset digits", "digits_demo", "runs/digits", given)
+
+
+def _demo(what, module, out, given):
+    """The `Demo` of a module of the loop, with the options that it takes."""
+    demo = importlib.import_module(f".distill.presets.{module}", __package__).Demo
+    _check_options(what, given, inspect.signature(demo).parameters)
+    return demo(**{"out": out, **given})
+
+
+def _check_options(what, given, known):
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{_flag(name)} is no option of {what}: {' '.join(map(_flag, known))}")
+
+
+def _flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def _report(arguments):
+    try:
+        from .distill import html
+
+        print(html.write(arguments.folder))
+    except WRONG as error:
+        return _wrong("report", error)
+    return 0
+
+
+def _warn(command, message, *where, **more):
+    print(f"python -m kdkernels {command}: warning: {message}", file=sys.stderr)
+
+
+def _wrong(command, error, code=2):
+    text = " ".join(str(error).split())
+    print(f"python -m kdkernels {command}: error: {text}", file=sys.stderr)
+    return code
 
 
 def _bench(arguments):

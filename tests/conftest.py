@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import signal
 from pathlib import Path
 
 import triton_on_cpu  # isort: skip - before anything that looks at its setting
@@ -73,6 +74,14 @@ def _param(name, *dtype):
     reason = UNAVAILABLE[name]
     marks = pytest.mark.skip(reason=f"{name}: {reason}") if reason else ()
     return pytest.param(name, *dtype, marks=marks, id=label)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """What a shell starts in the background ignores Ctrl-C, and so do the children of that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from kdkernels import cli
 
 pytest.importorskip("matplotlib", reason="the extra `train` is not installed")
 pytest.importorskip("rich", reason="the extra `train` is not installed")
+pytest.importorskip("jinja2", reason="the extra `train` is not installed")
+pytest.importorskip("yaml", reason="the extra `train` is not installed")
 
 PICTURES = ("soft_targets.png", "error_against_temperature.png", "learning_curves.png")
 SMALL = ["--steps", "10", "--seeds", "2", "--sizes", "30", "60", "--temperatures", "8", "1"]
@@ -25,6 +27,7 @@ def test_the_demo_in_small(tmp_path, capsys):
     assert "60 labels:" in printed.splitlines()[-1] and "T = 8" in printed.splitlines()[-1]
     for picture in PICTURES:
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert (out / "report.html").read_text().count("<img") == len(PICTURES)
     results = json.loads((out / "results.json").read_text())
     cells = [(run["size"], run["temperature"]) for run in results["runs"]]
     assert cells == [(30, None), (30, 1.0), (30, 8.0), (60, None), (60, 1.0), (60, 8.0)]
@@ -73,6 +76,68 @@ def test_a_wrong_argument_is_one_line_and_code_2(tmp_path, capsys, arguments, me
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "--alpha", "0.5"], "--alpha is no option of the preset digits: --out --sizes"),
+        (["distill", "--topk", "3"], "--topk is no option of the preset digits"),
+        (["distill", "--data", "texts"], "student must be given"),
+        (["distill", "--teacher", "large"], "student must be given"),
+        (["distill", "--config", "/nowhere.yaml"], "No such file or directory"),
+    ],
+)
+def test_options_and_files_that_are_none(capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_a_technique_and_its_report(tmp_path, capsys):
+    few = ["--technique", "unlabelled", "--steps", 5, "--seeds", 1]
+    assert distill("--out", tmp_path, *few) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["technique"] == "unlabelled"
+    capsys.readouterr()
+    (tmp_path / "report.html").unlink()  # every run leaves one
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert b"<html" in (tmp_path / "report.html").read_bytes()
+    assert distill("--out", tmp_path, "--technique", "alchemy") == 2
+    assert "technique must be one of" in capsys.readouterr().err
+    assert distill("--out", tmp_path, "--sizes", 3, *few) == 2
+    assert "--sizes is no option of a technique: --out --technique" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_sweep(tmp_path, capsys):
+    few = ["--steps", "5", "--seeds", "1", "--size", "10", "--temperatures", "2", "--alphas"]
+    assert cli.main(["sweep", "--out", str(tmp_path), *few, "0.5", "1"]) == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())["trials"]) == 2
+    assert cli.main(["sweep", "--out", str(tmp_path), "--size", "0"]) == 2
+    assert "size must be in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["distill", "sweep", "report"])
+def test_help_teaches_by_examples(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m kdkernels {command} " in capsys.readouterr().out.partition("example")[2]
+
+
+def test_presets_are_imported_when_they_run():
+    program = "import sys; from kdkernels import cli; cli.main(['info'])\n"
+    program += "print(*sys.modules, file=sys.stderr)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stderr.split())
+    assert "kdkernels.distill.presets.digits" in loaded
+    for module in ("transformers", "accelerate", "rich", "matplotlib", "yaml", "PIL"):
+        assert module not in loaded
+    assert "kdkernels.distill.presets.digits_demo" not in loaded
+
+
 @pytest.mark.parametrize("arguments", [[], ["teach"], ["distill", "--preset", "faces"]])
 def test_an_unknown_command_or_preset_is_code_2(arguments):
     with pytest.raises(SystemExit) as stop:
@@ -92,3 +157,17 @@ def test_python_m_kdkernels():
     command = [sys.executable, "-m", "kdkernels", "info"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stderr == "" and "torch" in run.stdout
+
+
+def test_a_training_that_fails_is_code_1(tmp_path, capsys, monkeypatch):
+    from kdkernels.distill import TrainingError
+    from kdkernels.distill.presets import digits_demo
+
+    def run(demo):
+        raise TrainingError("none of the 3 steps had a finite gradient")
+
+    monkeypatch.setattr(digits_demo.Demo, "run", run)
+    assert distill("--out", tmp_path) == 1
+    assert capsys.readouterr().err == (
+        "python -m kdkernels distill: error: none of the 3 steps had a finite gradient\n"
+    )

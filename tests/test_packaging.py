@@ -171,7 +171,8 @@ def test_wheel_content(native):
 
     shipped = files(site / "kdkernels", "**/*")
     python_files = files(ROOT / "kdkernels", "**/*.py") | {"_build.py", "py.typed"}
-    data = {f"distill/data/{p}" for p in files(ROOT / "kdkernels" / "distill" / "data", "*")}
+    folders = "distill/presets/data", "distill/templates"
+    data = {f"{each}/{p}" for each in folders for p in files(ROOT / "kdkernels" / each, "*")}
     module = {p for p in shipped if p.startswith("_C.")}
     assert shipped == python_files | data | module
     assert len(module) <= 1

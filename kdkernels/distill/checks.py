@@ -1,9 +1,15 @@
 """What the loop requires of its arguments: typed errors that say what is wanted and what came."""
 
+import importlib
+import math
+
 import torch
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
 from ..modules import KDLoss
+from .batches import Streamed
+from .predictions import SeveralTeachers
 
 
 def instance(name, value, kind, wanted):
@@ -20,6 +26,22 @@ def integer(name, value, low=None, high=None):
         raise ValueError(f"{name} must be at least {low}, got {value}")
 
 
+def positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def installed(*packages):
+    """Packages of the extra `train`, before the work that needs them in the end."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f"{error}: pip install 'kdkernels[train]'") from error
+
+
 def single_loss(loss):
     """A loss that is one number to descend."""
     instance("loss", loss, KDLoss, "a kdkernels.KDLoss")
@@ -34,8 +56,17 @@ def reads_teacher(loss, labels):
 
 
 def data(inputs, labels):
-    """inputs (N, ...), labels (N, ...) or None; the loss checks the rest of the labels."""
-    instance("inputs", inputs, torch.Tensor, "a tensor (N, ...)")
+    """inputs (N, ...), labels (N, ...) or None; the loss checks the rest of the labels. Or a map-
+    style data set, whose examples have their own."""
+    if isinstance(inputs, (Dataset, Streamed)):
+        if labels is not None:
+            raise ValueError("labels must be None for a Dataset, whose examples have their own")
+        if isinstance(inputs, IterableDataset):
+            raise TypeError("inputs must be a map-style Dataset, got an IterableDataset")
+        if len(inputs) == 0:
+            raise ValueError("inputs must have an example at least, got an empty Dataset")
+        return
+    instance("inputs", inputs, torch.Tensor, "a tensor (N, ...) or a torch Dataset")
     if inputs.dim() == 0 or len(inputs) == 0:
         raise ValueError(f"inputs must be (N, ...) with N ≥ 1, got shape {tuple(inputs.shape)}")
     if labels is not None:
@@ -43,20 +74,32 @@ def data(inputs, labels):
         _one_row_each("labels", labels, inputs)
 
 
-def teacher(teacher, inputs, labels, loss):
-    """A module, its logits (N, ..., V), or None where the loss does not read it."""
-    if teacher is None:
-        if reads_teacher(loss, labels):
+def teacher(given, inputs, labels, loss):
+    """A module, its predictions for all inputs, several teachers, or None where none is read."""
+    wanted = "a torch.nn.Module, its predictions for all inputs, SeveralTeachers or None"
+    if given is None:
+        # Whether the examples of a data set have labels is known when they come.
+        unread = loss.options["alpha"] == 0 and not isinstance(inputs, torch.Tensor)
+        if not unread and reads_teacher(loss, labels):
             raise ValueError(
                 "teacher must be a module or its logits, got None, which goes with labels and a "
                 "loss with alpha=0 only"
             )
-    elif isinstance(teacher, torch.Tensor):
-        if not teacher.is_floating_point():
-            raise TypeError(f"teacher must be logits of a float dtype, got {teacher.dtype}")
-        _one_row_each("teacher", teacher, inputs)
-    else:
-        instance("teacher", teacher, nn.Module, "a torch.nn.Module, its logits or None")
+    elif isinstance(given, SeveralTeachers):
+        for each in given.teachers:
+            teacher(each, inputs, labels, loss)
+    elif isinstance(given, torch.Tensor):
+        if not given.is_floating_point():
+            raise TypeError(f"teacher must be logits of a float dtype, got {given.dtype}")
+        _one_row_each("teacher", given, inputs)
+    elif not isinstance(given, nn.Module):
+        rows = hasattr(given, "__getitem__") and hasattr(given, "__len__")
+        if not rows or isinstance(given, (str, bytes, dict)):
+            raise TypeError(f"teacher must be {wanted}, got {type(given).__name__}")
+        if len(given) != len(inputs):
+            raise ValueError(
+                f"teacher must have a row for each of the {len(inputs)} inputs, got {len(given)}"
+            )
 
 
 def _one_row_each(name, value, inputs):

@@ -1,68 +1,79 @@
 """`Distiller`: trains a student on a teacher's soft targets, on hard labels, or on both.
 
-The loss is `kdkernels.KDLoss` and nothing else: a network without a teacher is trained by the same
-loop with alpha = 0, where the loss does not read the teacher.
+The loss is `kdkernels.kd_loss` and, where asked, hints; a network without a teacher is trained by
+the same loop with alpha = 0, where the loss does not read the teacher.
 """
 
 import contextlib
+import copy
 import functools
-from dataclasses import dataclass, field
+import math
+import warnings
 
 import torch
 from torch import nn
 
 from ..functional import kd_loss
-from . import checks
+from . import batches, checks, engine, interrupt, randomness
+from .evaluation import evaluate
+from .hints import Recorder
+from .hints import check as check_hints
+from .history import History, Meter
+from .predictions import as_teacher, detached, inference, predict_with, rows_of, to_device
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How a model does on labelled examples at T = 1; `labels` (N, ...) give results of (...)."""
-
-    errors: torch.Tensor  # (...), int64: examples whose largest logit is not the label's
-    cross_entropy: torch.Tensor  # (...), float32 or float64: mean over the N examples, in nats
-
-
-@dataclass
-class History:
-    """What `Distiller.train` recorded, one entry per recording: the learning curves."""
-
-    steps: list[int] = field(default_factory=list)  # optimiser steps taken so far
-    losses: list[float] = field(default_factory=list)  # mean training loss since the last entry
-    evaluations: list[Evaluation] = field(default_factory=list)  # empty without test data
+class TrainingError(RuntimeError):
+    """Nothing was learned; the text says why."""
 
 
 class Distiller:
-    """Trains a student on examples held in memory.
+    """Trains a student on a teacher's predictions.
 
     Every step takes a batch of rows i, in an order that depends on `seed` only, and descends
 
         loss(student(inputs[i]), teacher's logits for i, labels[i])
 
     with `loss` a `kdkernels.KDLoss`: alpha · T² · D(teacher, student) + (1 − alpha) · CE (Hinton,
-    Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2). The teacher is
-    frozen: evaluated in evaluation mode, without gradients, and not at all where alpha = 0.
+    Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2), to which hints
+    are added. The teacher is frozen: evaluated in evaluation mode, without gradients, and not at
+    all where alpha = 0 and there are no hints.
+
+    A step whose loss or gradient is not finite is not taken: a warning and the history name the
+    examples.
 
     Args:
-        student: the module to train, in place. It maps a batch (B, ...) to logits (B, ..., V).
-        teacher: a module that maps the same batch to logits; or its logits for all inputs,
-            computed before, (N, ..., V), any float dtype; or None, with alpha = 0 and labels.
-        inputs: (N, ...), any dtype the student takes. Inputs and labels have to be on the devices
-            of the models.
+        student: the module to train, in place. It maps a batch (B, ...) to logits (B, ..., V), a
+            `LinearHead`, or an object that has `logits`.
+        teacher: a module that maps the same batch likewise; or its predictions for all inputs,
+            computed before: logits (N, ..., V), any float dtype, or what has a row [i] of those or
+            of a source for each input; or `SeveralTeachers`; or None, with alpha = 0 and labels.
+        inputs: (N, ...), any dtype the student takes; or a map-style `Dataset`, whose examples have
+            labels of their own (`batches.Streamed` says which).
         labels: (N, ...), int64 or int32, shaped as the student's logits without V; or None for an
             unlabelled transfer set, where the loss is T² · D.
         loss: a `KDLoss` that returns a single number (not reduction="none" or return_terms).
         optimizer: called with the student's parameters, returns a `torch.optim.Optimizer`.
+        scheduler: None, or called with the optimiser, returns what has a step() for every step.
         batch_size: examples per step, the last batch of an epoch may be smaller; None takes all.
-        seed: an int; fixes the order of the examples, not the student's initial weights or its
-            dropout.
+        accumulate: a batch is taken in that many parts, one after the other; the gradient is that
+            of the whole batch.
+        clip_norm: None, or the largest norm of a gradient.
+        hints: `FeatureHint` and `AttentionTransfer`, for a teacher that is a module; copied, what
+            is learned of them is in `self.hints`.
+        alpha_warmup: steps over which alpha grows to the loss's, from alpha / steps on.
+        workers: processes that read a `Dataset`.
+        accelerator: an `accelerate.Accelerator` for devices, mixed precision and several processes
+            (`batch_size` is that of all together, an example for each at least); None: one
+            process, where the student is.
+        seed: an int; fixes the order of the examples and the projections of hints, not the
+            student's initial weights or its dropout.
 
     Raises:
         TypeError: an argument of another type than listed.
         ValueError: lengths that do not match, an empty data set, no teacher where one is needed, a
-            loss that is no single number.
+            loss that is no single number, a hint for a module that is not there.
 
     Example:
         loss = KDLoss(temperature=4.0, alpha=0.9)
@@ -79,139 +90,402 @@ class Distiller:
         *,
         loss,
         optimizer=ADAM,
+        scheduler=None,
         batch_size=None,
+        accumulate=1,
+        clip_norm=None,
+        hints=(),
+        alpha_warmup=0,
+        workers=0,
+        accelerator=None,
         seed=0,
     ):
         checks.instance("student", student, nn.Module, "a torch.nn.Module")
         checks.single_loss(loss)
         checks.data(inputs, labels)
         checks.teacher(teacher, inputs, labels, loss)
+        check_hints(hints, teacher)
         batch_size = len(inputs) if batch_size is None else batch_size
         checks.integer("batch_size", batch_size, low=1)
+        checks.integer("accumulate", accumulate, low=1)
+        checks.integer("alpha_warmup", alpha_warmup, low=0)
+        checks.integer("workers", workers, low=0)
         checks.integer("seed", seed)
+        if clip_norm is not None:
+            checks.positive("clip_norm", clip_norm)
 
-        self.student = student
-        self.teacher = teacher
-        self.inputs = inputs
-        self.labels = labels
-        self.loss = loss
-        self.optimizer = optimizer(student.parameters())
-        wanted = "a torch.optim.Optimizer"
-        checks.instance("optimizer(...)", self.optimizer, torch.optim.Optimizer, wanted)
-        self.history = History()
+        self.engine = engine.of(accelerator, student)
+        if min(batch_size, len(inputs)) < self.engine.num_processes:
+            raise ValueError(
+                f"batch_size and inputs must have an example for each of the "
+                f"{self.engine.num_processes} processes, got {batch_size} and {len(inputs)}"
+            )
+        self.data = batches.of(inputs, labels, workers)
+        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.loss, self.clip_norm, self.alpha_warmup = loss, clip_norm, alpha_warmup
+        self.teacher = None if teacher is None else as_teacher(teacher, accelerator)
+        self.hints = self._prepare_hints(student, teacher, hints).to(self.engine.device)
+        learned = nn.ModuleList([student, *self.hints])
+        built = optimizer([x for x in learned.parameters() if x.requires_grad])
+        checks.instance("optimizer(...)", built, torch.optim.Optimizer, "a torch.optim.Optimizer")
+        self.student, self.optimizer = self.engine.prepare(student, built)
+        # Steps have an autocast of their own; that of `prepare` makes float32 copies of all logits.
+        self.engine.unwrap_model(self.student, keep_fp32_wrapper=False)
+        self.scheduler = scheduler and scheduler(built)
+        self.history, self.meter = History(), Meter()
         self.steps_taken = 0
-        generator = torch.Generator().manual_seed(seed)
-        self._batches = _batches(len(inputs), batch_size, generator)
+        self.best = {"cross_entropy": math.inf, "recordings": 0, "student": None}
 
-    def train(self, steps, *, test=None, record_every=50, on_step=None):
+    def train(
+        self,
+        steps,
+        *,
+        test=None,
+        record_every=50,
+        on_step=None,
+        logs=(),
+        checkpoints=None,
+        checkpoint_every=None,
+        patience=None,
+    ):
         """Takes `steps` optimiser steps; a further call continues where this one ended.
 
         Args:
             steps: how many, at least 1.
-            test: None, or (inputs, labels) as in `evaluate`, evaluated at every recording.
+            test: None, or (inputs, labels) as in `evaluate`, evaluated at every recording; or a
+                function of the student that returns an `Evaluation` or `Scores`.
             record_every: steps between two entries of the history; the last step is always one.
             on_step: None, or called without arguments after every step (a progress bar).
+            logs: objects whose `write(step, values)` gets every recording: {name: number}.
+            checkpoints: None, or the `Checkpoints` to save to: after every `checkpoint_every`
+                steps, after the last one, and when interrupted (Ctrl-C).
+            patience: None, or early stopping: after that many recordings in a row without a
+                smaller test cross-entropy. With it the student has its best weights in the end.
 
         Returns:
             The `History` of all calls so far, also kept as `self.history`.
 
         Raises:
-            TypeError, ValueError: steps or record_every is no integer of at least 1; and what
-                `evaluate` and the loss raise.
+            TypeError, ValueError: steps, record_every, checkpoint_every or patience is no integer
+                of at least 1, patience without a test, checkpoints of another run for one that
+                begins; and what the test and the loss raise.
+            KeyboardInterrupt: after the step that was being taken, and its checkpoint.
         """
         checks.integer("steps", steps, low=1)
         checks.integer("record_every", record_every, low=1)
+        for name, value in (("checkpoint_every", checkpoint_every), ("patience", patience)):
+            if value is not None:
+                checks.integer(name, value, low=1)
+        if patience is not None and test is None:
+            raise ValueError(f"test must be given for patience={patience}, got None")
+        if checkpoints is not None:
+            engine.check_whole(self.engine)
+            if self.steps_taken == 0 and checkpoints.paths():
+                raise ValueError(
+                    f"checkpoints must be empty for a run that begins, {checkpoints.folder} has "
+                    "some: resume, or choose another folder"
+                )
+        end = self.steps_taken + steps
+        if self.history.stopped_early:  # and is to go on all the same
+            self.history.stopped_early, self.best["recordings"] = False, 0
         self.student.train()
-        total, count = 0.0, 0
-        for step in range(1, steps + 1):
-            total, count = total + self._step(), count + 1
-            if step % record_every == 0 or step == steps:
-                # The only place that reads a number back from the device.
-                self.history.steps.append(self.steps_taken)
-                self.history.losses.append(float(total) / count)
-                if test is not None:
-                    self.history.evaluations.append(evaluate(self.student, *test))
-                total, count = 0.0, 0
-            if on_step is not None:
-                on_step()
+        batches = self._batches()
+        with interrupt.deferred() as interrupted:
+            last = stopped = False
+            while not last:
+                self.meter.add(*self._step(next(batches)))
+                if on_step is not None:
+                    on_step()
+                # An interrupted step is no recording: without the interruption it is none.
+                stopped = engine.any_of(self.engine, interrupted())
+                last = stopped or self.steps_taken == end
+                if self.steps_taken == end or self.steps_taken % record_every == 0:
+                    last = self._record(test, logs, patience) or last
+                due = checkpoint_every and self.steps_taken % checkpoint_every == 0
+                if checkpoints is not None and (last or due):
+                    self._save(checkpoints)
+            if stopped or interrupted():
+                raise KeyboardInterrupt
+        if patience is not None:
+            self.restore_best()
         return self.history
 
-    def _step(self):
-        """One optimiser step on the next batch -> its loss, (), detached."""
-        rows = next(self._batches).to(self.inputs.device)  # (B,)
-        batch = self.inputs[rows]  # (B, ...)
-        labels = None if self.labels is None else self.labels[rows]
-        logits = self.student(batch)  # (B, ..., V)
-        loss = self.loss(logits, self._teacher_logits(logits, batch, rows), labels)
+    def state(self):
+        """All that the rest of the run depends on, as `Checkpoints` can hold it."""
+        return {
+            "student": self.engine.get_state_dict(self.student),
+            "hints": self.hints.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler and self.scheduler.state_dict(),
+            "scaler": self.engine.scaler and self.engine.scaler.state_dict(),
+            "history": self.history.state(),
+            "meter": engine.gathered(self.engine, self.meter.state()),
+            "best": self.best,
+            "randomness": engine.gathered(self.engine, randomness.state()),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "examples": len(self.data),
+        }
+
+    def restore(self, step, state):
+        """Continues at a step from what `state` returned there, bit for bit.
+
+        Raises:
+            ValueError: it is the state of another run: of other data, batches or order; the text
+                says what differs.
+            RuntimeError: of another model.
+        """
+        here = dict(seed=self.seed, batch_size=self.batch_size, examples=len(self.data))
+        for name, value in here.items():
+            if state[name] != value:
+                raise ValueError(f"{name} must be {state[name]}, as before, got {value}")
+        if len(state["randomness"]) != self.engine.num_processes:
+            raise ValueError(
+                f"the processes must be {len(state['randomness'])}, as before, got "
+                f"{self.engine.num_processes}"
+            )
+        changing = dict(scheduler=self.scheduler, scaler=self.engine.scaler)
+        for name, thing in changing.items():
+            if (thing is None) != (state[name] is None):
+                before, now = ("none" if x is None else "one" for x in (state[name], thing))
+                raise ValueError(f"{name} must be as before, when there was {before}, got {now}")
+        self.engine.unwrap_model(self.student).load_state_dict(state["student"])
+        self.hints.load_state_dict(state["hints"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, thing in changing.items():
+            if thing is not None:
+                thing.load_state_dict(state[name])
+        self.history = History.of(state["history"])
+        self.meter.restore(state["meter"][self.engine.process_index])
+        self.best = state["best"]
+        randomness.restore(state["randomness"][self.engine.process_index])
+        self.steps_taken = step
+
+    def resume(self, checkpoints):
+        """Continues from the newest of `Checkpoints` that is whole -> its step; 0 without any.
+
+        Raises:
+            CheckpointError: there are some, and none is whole.
+            ValueError, RuntimeError: as `restore`.
+        """
+        found = checkpoints.load()
+        if found is not None:
+            self.restore(*found)
+        return self.steps_taken
+
+    def restore_best(self):
+        """Gives the student the weights of its smallest test cross-entropy, where `train` was
+        called with patience."""
+        if self.best["student"] is not None:
+            self.engine.unwrap_model(self.student).load_state_dict(self.best["student"])
+
+    def _record(self, test, logs, patience):
+        """A recording -> whether training is to stop early."""
+        # With the check of the gradient's norm, what reads a number from the device.
+        terms, rows_per_second = self.meter.read(self.engine)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.history.steps.append(self.steps_taken)
+        self.history.losses.append(terms["loss"])
+        terms["learning_rate"] = float(rate)
+        self.history.terms.append({k: x for k, x in terms.items() if k != "loss"})
+        values, stop = {**terms, "rows_per_second": rows_per_second}, False
+        if test is not None:
+            model = self.engine.unwrap_model(self.student)
+            found = test(model) if callable(test) else evaluate(model, *test)
+            self.history.evaluations.append(found)
+            values |= _numbers(found)
+            if patience is not None:
+                # That of the main process: what batch normalisation remembers differs.
+                (found, *_) = engine.gathered(self.engine, values["test_cross_entropy"])
+                stop = self._worse(found) >= patience
+                self.history.stopped_early = stop
+        for log in logs:
+            log.write(self.steps_taken, values)
+        self.meter.reset()
+        self.student.train()
+        return stop
+
+    def _worse(self, cross_entropy):
+        """How many recordings, up to this one, the smallest cross-entropy is ago."""
+        if cross_entropy < self.best["cross_entropy"]:
+            weights = self.engine.get_state_dict(self.student)
+            weights = {name: x.detach().clone() for name, x in weights.items()}
+            self.best = dict(cross_entropy=cross_entropy, recordings=0, student=weights)
+        else:
+            self.best["recordings"] += 1
+        return self.best["recordings"]
+
+    def _save(self, checkpoints):
+        state = self.state()
+        if self.engine.is_main_process:
+            checkpoints.save(self.steps_taken, state)
+        self.engine.wait_for_everyone()
+
+    def _batches(self):
+        place = self.engine.num_processes, self.engine.process_index
+        count = len(self.data)
+        rows = batches.rows_from(self.steps_taken, count, self.batch_size, self.seed, *place)
+        return self.data.batches(rows)
+
+    def _step(self, batch):
+        """One optimiser step on this process's batch -> its terms {name: ()}, None if it was not
+        taken, and the rows (int or ()) that counted."""
+        batch = batch.to(self.engine.device)
+        parts = batch.split(self.accumulate)
+        whole = self._whole(batch, parts)
+        # What layers like BatchNorm2d remember of a batch that turns out not to be finite.
+        buffers = [(x, x.clone()) for x in self.student.buffers()]
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        terms, rows = {}, 0
+        for part in parts:
+            last = part is parts[-1]
+            with contextlib.nullcontext() if last else self.engine.no_sync(self.student):
+                found, counted = self._descend(part, whole)
+            terms = {name: terms.get(name, 0.0) + x for name, x in found.items()}
+            rows = rows + counted
+        for x in self.hints.parameters() if self.engine.num_processes > 1 else ():
+            x.grad = self.engine.reduce(x.grad, "mean")
+        learned = [x for group in self.optimizer.param_groups for x in group["params"]]
+        norm = self.engine.clip_grad_norm_(learned, self.clip_norm or math.inf)
+        # A student without probability where its teacher has some: only the loss is infinite.
+        facts = [norm.float(), self.engine.reduce(terms["loss"]).float()]
+        finite, loss_finite = map(math.isfinite, torch.stack(facts).tolist())
+        scaled = self.engine.scaler is not None
+        if not loss_finite:
+            self.optimizer.zero_grad()  # a scaler has to take a step: of nothing
+        if (finite and loss_finite) or scaled:  # it leaves out what overflowed, and learns from it
+            self.optimizer.step()
+        if not loss_finite or not (finite or scaled):
+            self._skip(parts)
+            for x, before in buffers:
+                x.copy_(before)
+            terms = None
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.steps_taken += 1
-        return loss.detach()
+        return terms, rows
 
-    def _teacher_logits(self, logits, batch, rows):
-        """logits (B, ..., V) of the student, batch (B, ...), rows (B,) -> (B, ..., V)."""
-        if not checks.reads_teacher(self.loss, self.labels):
-            return logits.detach()  # a stand-in of the right shape
-        if isinstance(self.teacher, torch.Tensor):
-            return self.teacher[rows]
-        with _inference(self.teacher):
-            return self.teacher(batch)
+    def _whole(self, batch, parts):
+        """(examples, rows that count or None) of the whole step, over all parts and processes.
+
+        None where a part is the whole. A process's gradients are averaged with the others', so
+        that each divides by its share of the counts.
+        """
+        if len(parts) == 1 and self.engine.num_processes == 1:
+            return None
+        items = 0 if batch.labels is None else self._counted(batch.labels)
+        counts = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        counts[0], counts[1] = len(batch), items  # a list of them would wait for the device
+        counts = self.engine.reduce(counts).clamp_min(1)  # where no row counts the loss is 0 / 1
+        examples, items = (counts / self.engine.num_processes).unbind()
+        return examples, None if batch.labels is None else items
+
+    def _counted(self, labels):
+        """labels (B, ...) -> (), how many of their rows count in the loss."""
+        labels = labels[..., 1:] if self.loss.options["shift"] else labels
+        return (labels != self.loss.options["ignore_index"]).sum()
+
+    def _descend(self, part, whole):
+        """Adds the gradient of a part of a step -> its terms {name: ()}, detached, and its rows."""
+        examples, items = whole or (len(part), None)
+        share = len(part) / examples
+        summed = self.loss.options["reduction"] == "sum"
+        with self.engine.autocast():
+            prediction, target, extra = self._predict(part)
+            both = part.labels is not None and 0 < self.loss.options["alpha"] < 1
+            options = dict(num_items=None if summed else items, return_terms=both)
+            found = self._loss(prediction, target, part.labels, **options)
+            loss = found.loss if both else found
+            if summed:
+                loss = loss * self.engine.num_processes
+            elif part.labels is None:
+                loss = loss * share
+            terms = {}
+            if both:
+                mine = 1.0 if items is None else found.num_items / items
+                terms = {"distill": found.distill * mine, "hard": found.hard * mine}
+            if extra is not None:
+                terms["hints"] = extra * share
+                loss = loss + terms["hints"]
+        self.engine.backward(loss)
+        terms = {name: x.detach() for name, x in dict(loss=loss, **terms).items()}
+        return terms, rows_of(prediction) if part.labels is None else self._counted(part.labels)
+
+    def _loss(self, prediction, target, labels, **options):
+        """`self.loss` at the alpha of this step."""
+        options = {**self.loss.options, **options}
+        if self.steps_taken < self.alpha_warmup:
+            options["alpha"] *= (self.steps_taken + 1) / self.alpha_warmup
+        return kd_loss(prediction, target, labels, **options)
+
+    def _predict(self, part):
+        """The student's prediction, the teacher's, and Σ weight · mean of the hints, or None."""
+        with self.of_student():
+            prediction = predict_with(self.student, part.inputs)
+        if not self.hints and not checks.reads_teacher(self.loss, part.labels):
+            return prediction, detached(prediction), None
+        if self.teacher is None:  # of a data set, whose labels are known now
+            raise ValueError("teacher must be given for examples without labels, got None")
+        with self.of_teacher():
+            target = to_device(self.teacher(part), self.engine.device)
+        if not self.hints:
+            return prediction, target, None
+        features = zip(self.of_student.features(), self.of_teacher.features(), strict=True)
+        hints = zip(self.hints, features, strict=True)
+        return prediction, target, sum(hint.weight * hint(*pair).mean() for hint, pair in hints)
+
+    def _prepare_hints(self, student, teacher, hints):
+        """Hooks on both models; projections, made for the first examples, -> `nn.ModuleList`."""
+        hints = copy.deepcopy(list(hints))  # they may be another distiller's too
+        models = ("student", student), ("teacher", teacher if hints else None)
+        self.of_student, self.of_teacher = (
+            Recorder(name, model, [(getattr(hint, name), hint.select) for hint in hints])
+            for name, model in models
+        )
+        if not hints:
+            return nn.ModuleList()
+        with torch.random.fork_rng(), inference(student):
+            torch.manual_seed(self.seed)
+            batch = next(self.data.batches(iter([torch.arange(min(2, len(self.data)))])))
+            # The student is moved later, with what the hints will have made.
+            device = next(student.parameters()).device
+            with self.of_student():
+                predict_with(student, batch.to(device).inputs)
+            with self.of_teacher():
+                self.teacher(batch.to(self.engine.device))
+            features = zip(self.of_student.features(), self.of_teacher.features(), strict=True)
+            for hint, pair in zip(hints, features, strict=True):
+                hint.prepare(*(x.to(device) for x in pair))
+        return nn.ModuleList(hints)
+
+    def _of_all(self, each):
+        """A list of every process -> one list."""
+        return [x for mine in engine.gathered(self.engine, each) for x in mine]
+
+    def _skip(self, parts):
+        """Says which rows of a step have no finite loss; if all have one, which examples it had."""
+        wrong = []
+        for part in parts:
+            with torch.no_grad(), self.engine.autocast():
+                prediction, target, _ = self._predict(part)
+                losses = self._loss(prediction, target, part.labels, reduction="none")
+            for example, *position in (~losses.isfinite()).nonzero().tolist():
+                wrong.append((part.rows[example].item(), *position))
+        wrong = self._of_all(wrong)
+        wrong = wrong or self._of_all([(row,) for part in parts for row in part.rows.tolist()])
+        self.history.skipped.append((self.steps_taken, wrong))
+        names = [f"{row} at {', '.join(map(str, at))}" if at else f"{row}" for row, *at in wrong]
+        warnings.warn(
+            f"step {self.steps_taken}: loss or gradient is not finite, the step was not taken; "
+            f"examples {'; '.join(names[:8])}{'; …' if len(names) > 8 else ''}",
+            stacklevel=4,
+        )
 
 
-def predict(model, inputs, *, batch_size=1024):
-    """A model's logits, in evaluation mode and without gradients.
-
-    Args:
-        model: a module that maps a batch (B, ...) to logits (B, ..., V).
-        inputs: (N, ...), N ≥ 1.
-        batch_size: examples per call of the model.
-
-    Returns:
-        The logits (N, ..., V), in the model's dtype.
-    """
-    checks.integer("batch_size", batch_size, low=1)
-    with _inference(model):
-        return torch.cat([model(batch) for batch in inputs.split(batch_size)])
-
-
-def evaluate(model, inputs, labels):
-    """A model's errors and cross-entropy on labelled examples, at T = 1.
-
-    T belongs to the training: a distilled student is used, and judged, at T = 1 (Hinton et al.
-    2015, section 2).
-
-    Args:
-        model: a module that maps a batch (B, ...) to logits (B, ..., V).
-        inputs: (N, ...), N ≥ 1.
-        labels: (N, ...), int64 or int32, shaped as the logits without V.
-
-    Returns:
-        An `Evaluation`.
-
-    Raises:
-        TypeError, ValueError, IndexError: labels that do not fit the logits, as from `kd_loss`.
-    """
-    logits = predict(model, inputs)  # (N, ..., V)
-    # alpha = 0: the cross-entropy alone; the second argument is not read.
-    rows = kd_loss(logits, logits, labels, alpha=0.0, reduction="none")  # (N, ...)
-    return Evaluation((logits.argmax(-1) != labels).sum(0), rows.mean(0))
-
-
-@contextlib.contextmanager
-def _inference(model):
-    """Evaluation mode without gradients; afterwards every submodule is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _batches(count, batch_size, generator):
-    """Yields the row indices (B,) of batch after batch, every epoch in a new order."""
-    while True:
-        yield from torch.randperm(count, generator=generator).split(batch_size)
+def _numbers(found):
+    """An `Evaluation` or `Scores` -> {name: number} for logs."""
+    names = (name for name in ("cross_entropy", "errors", "accuracy") if hasattr(found, name))
+    return {
+        f"test_{name}": torch.as_tensor(getattr(found, name), dtype=torch.float64).mean().item()
+        for name in names
+    }

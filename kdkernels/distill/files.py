@@ -18,8 +18,9 @@ def atomic(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    os.close(handle)
     try:
-        with open(handle, "wb") as file:
+        with open(partial, "wb") as file:
             yield file
         # mkstemp makes a file that only its owner reads; a result is an ordinary file.
         umask = os.umask(0)
@@ -51,6 +52,26 @@ def save_logits(path, logits):
         np.save(file, logits.detach().cpu().numpy(), allow_pickle=False)
 
 
+def mapped_array(name, path):
+    """The array of a .npy file, mapped; name: what it is called in errors.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no .npy file, or a pickled one.
+    """
+    # Mapped, so that a header which claims more than there is allocates nothing; NumPy parses a
+    # damaged one with Python's own parser, and passes on whatever that or the dtype's finds.
+    try:
+        array = np.lib.format.open_memmap(path, mode="c")  # writable, which torch wants, in private
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} must be a .npy file, got {path}: {error}") from error
+    if array.offset + array.nbytes != os.path.getsize(path):
+        raise ValueError(f"{name} must be a .npy file, got {path} with more after the array")
+    return array
+
+
 def load_logits(path, shape):
     """Reads a teacher's logits from a .npy file -> float32 tensor of `shape`.
 
@@ -59,18 +80,7 @@ def load_logits(path, shape):
         ValueError: no .npy file or a pickled one, not floating point, another shape, or numbers
             that are not finite in float32.
     """
-    # Mapped, so that a header which claims more than there is allocates nothing; NumPy parses a
-    # damaged one with Python's own parser, and passes on whatever that or the dtype's finds.
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"teacher_logits must be a .npy file, got {path}: {error}") from error
-    if array.offset + array.nbytes != os.path.getsize(path):
-        raise ValueError(
-            f"teacher_logits must be a .npy file, got {path} with more after the array"
-        )
+    array = mapped_array("teacher_logits", path)
     if array.shape != tuple(shape) or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
             f"teacher_logits must be floating point of shape {tuple(shape)}, a row of logits for "

@@ -7,11 +7,19 @@ colour-blind vision can tell apart; every series has a marker of its own as well
 
 import contextlib
 from dataclasses import dataclass
+from math import isfinite, nan
 
 from .files import atomic
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CHARACTERS, MARGIN = 11, 8  # of a legend: to an inch, and beside each text
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def _style(index):
+    """Colour and marker of the series of this number: 49 that differ."""
+    turn = index // len(COLOURS)
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)]
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ def print_table(console, title, columns, sections, caption=None):
 
 @contextlib.contextmanager
 def progress(console):
-    """A `rich.progress.Progress` with steps, time taken and time left, shown while it is open."""
+    """A `rich.progress.Progress` with steps, time taken and time left, shown while it is open, and
+    only in a terminal."""
     from rich import progress as rich
 
     with rich.Progress(
@@ -60,6 +69,7 @@ def progress(console):
         rich.TextColumn("left:"),
         rich.TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,
     ) as bar:
         yield bar
 
@@ -116,7 +126,8 @@ def plot_temperatures(path, groups, reference, ylabel, title):
     with _figure(path, (7.5, 4.5)) as figure:
         axes = figure.add_subplot()
         lines = []  # in the order of the legend
-        for group, colour, marker in zip(groups, COLOURS, MARKERS, strict=False):
+        for index, group in enumerate(groups):
+            colour, marker = _style(index)
             soft = axes.errorbar(
                 group.temperatures,
                 group.means,
@@ -144,7 +155,7 @@ def plot_temperatures(path, groups, reference, ylabel, title):
 
 
 def plot_curves(path, panels, ylabel, title):
-    """Learning curves, one panel a group, on one logarithmic scale.
+    """Learning curves, one panel a group, on one scale: logarithmic where the values ask for it.
 
     Args:
         path: the PNG file to write.
@@ -154,12 +165,14 @@ def plot_curves(path, panels, ylabel, title):
     """
     from matplotlib.ticker import LogLocator
 
-    with _figure(path, (1.2 + 3.3 * len(panels), 4.2)) as figure:
+    found = [x for _, curves in panels for *_, values in curves for x in values if isfinite(x)]
+    wide = bool(found) and min(found) > 0 and max(found) >= 5 * min(found)
+    width = 1.2 + 3.3 * max(len(panels), 2)  # inches
+    with _figure(path, (width, 4.2)) as figure:
         row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (name, curves) in zip(row, panels, strict=True):
-            for (label, steps, values), colour, marker in zip(
-                curves, COLOURS, MARKERS, strict=False
-            ):
+            for index, (label, steps, values) in enumerate(curves):
+                colour, marker = _style(index)
                 every = max(1, len(steps) // 6)
                 axes.plot(
                     steps,
@@ -168,28 +181,90 @@ def plot_curves(path, panels, ylabel, title):
                     marker=marker,
                     markersize=4,
                     markevery=((len(steps) - 1) % every, every),  # the last one is marked
-                    label=label,
+                    label=f" {label}",  # one that begins with "_" has no place in a legend
                 )
-            axes.set(title=name, xlabel="optimiser steps", yscale="log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.set(title=name, xlabel="optimiser steps")
+            if wide:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+                axes.minorticks_off()
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
             axes.grid(alpha=0.25)
         row[0].set_ylabel(ylabel)
         handles, labels = row[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        longest = max(map(len, labels), default=0) + MARGIN
+        columns = max(1, min(len(labels), int(width * CHARACTERS / longest)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
         figure.suptitle(title)
+
+
+def plot_sweep(path, points, score, title):
+    """What students at each temperature and alpha were scored, the best of them framed.
+
+    A heat map with numbers where the points are a grid, else dots in the plane.
+
+    Args:
+        path: the PNG file to write.
+        points: a list of (temperature, alpha, score), the smaller the better; NaN: no score.
+        score, title: text: what is scored, and what is shown.
+    """
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import LogLocator
+
+    temperatures = sorted({t for t, _, _ in points})
+    alphas = sorted({alpha for _, alpha, _ in points})
+    found = [x for *_, x in points if isfinite(x)]
+    best = [point for point in points if found and point[2] == min(found)][:1]
+    frame = dict(facecolor="none", edgecolor=COLOURS[1], linewidth=3)
+    with _figure(path, (7.5, 4.5)) as figure:
+        axes = figure.add_subplot()
+        if len(points) == len(temperatures) * len(alphas):
+            places = {
+                (t, alpha): (x, y)
+                for x, t in enumerate(temperatures)
+                for y, alpha in enumerate(alphas)
+            }
+            cells = [[nan] * len(temperatures) for _ in alphas]
+            for t, alpha, value in points:
+                x, y = places[t, alpha]
+                cells[y][x] = value
+                dark = bool(found) and value > (min(found) + max(found)) / 2
+                text = f"{value:.3g}" if isfinite(value) else "–"
+                axes.text(x, y, text, ha="center", va="center", color="w" if dark else "k")
+            colours = axes.imshow(cells, cmap="cividis_r", aspect="auto", origin="lower")
+            axes.set_xticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
+            axes.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+            for t, alpha, _ in best:
+                x, y = places[t, alpha]
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **frame))
+        else:
+            colours = axes.scatter(
+                [t for t, *_ in points],
+                [alpha for _, alpha, _ in points],
+                c=[value for *_, value in points],
+                cmap="cividis_r",
+            )
+            for t, alpha, _ in best:
+                axes.scatter(t, alpha, s=250, **frame)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+        axes.set(xlabel="temperature T of the soft targets", ylabel="alpha", title=title)
+        figure.colorbar(colours, label=score)
 
 
 @contextlib.contextmanager
 def _figure(path, size):
     """A matplotlib figure of `size` inches; written to `path` as a PNG at the end."""
     # Not pyplot: a figure of its own canvas needs no display and leaves no global state.
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    yield figure
-    with atomic(path) as file:
-        figure.savefig(file, dpi=150, format="png")
+    with rc_context({"text.parse_math": False}):  # a name may have dollars in it
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        with atomic(path) as file:
+            figure.savefig(file, dpi=150, format="png")

@@ -164,6 +164,10 @@ def test_predict_in_batches(data):
     torch.testing.assert_close(predict(model, data[0], batch_size=4), model(data[0]).detach())
 
 
+def test_predictions_are_where_the_model_is():
+    assert predict(nn.Linear(H, V, device="meta"), torch.zeros(N, H)).device.type == "meta"
+
+
 X, Y, Z = torch.zeros(N, H), torch.zeros(N, dtype=torch.int64), torch.zeros(N, V)
 
 

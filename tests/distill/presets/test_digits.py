@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kdkernels import KDLoss
-from kdkernels.distill import Distiller, digits, predict
+from kdkernels.distill import Distiller, predict
+from kdkernels.distill.presets import digits
 
 
 @pytest.fixture(autouse=True, scope="module")

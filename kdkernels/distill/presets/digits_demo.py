@@ -1,7 +1,6 @@
 """The demo: runs the `digits` experiment and shows it as tables, pictures and `results.json`."""
 
 import functools
-import importlib
 import json
 import statistics
 import time
@@ -9,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..backends import registry
-from ..modules import KDLoss
-from . import checks, digits, report
-from .distiller import evaluate, predict
-from .files import atomic, check_writable, load_logits, save_logits
+from ...backends import registry
+from ...modules import KDLoss
+from .. import checks, report
+from ..evaluation import evaluate, predict
+from ..files import atomic, check_writable, load_logits, save_logits
+from . import digits
 
 # The comparison that is reported in one line: fixed beforehand, because the best temperature of a
 # run would be chosen on the test images.
@@ -69,8 +69,7 @@ class Demo:
         for temperature in temperatures:
             KDLoss(temperature=temperature)
         registry.resolve("cpu", torch.float32, backend)
-        for package in ("rich", "matplotlib"):
-            _check_installed(package)
+        checks.installed("rich", "matplotlib")
 
         self.sizes = sorted(set(sizes))
         self.temperatures = sorted(set(temperatures))
@@ -101,6 +100,13 @@ class Demo:
             _draw(self.out, runs, teacher, self.train_split, advance)
         _print_table(console, runs, teacher, student, len(self.test_split.labels))
         results = {
+            "title": "Digits: students with few labels, and the teacher's soft targets",
+            "comparison": _comparison(runs, teacher, student, len(self.test_split.labels)),
+            "curves": [_curve(run) for run in runs],
+            "options": dict(
+                sizes=self.sizes, temperatures=self.temperatures, seeds=self.seeds, **self.training
+            ),
+            "notes": [f"Students: means over {self.seeds} seeds."],
             "preset": "digits",
             "torch": torch.__version__,
             "seconds": time.perf_counter() - started,
@@ -173,13 +179,6 @@ class Demo:
         return runs
 
 
-def _check_installed(package):
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{error}: pip install 'kdkernels[train]'") from error
-
-
 def _student_facts(test):
     """Size and speed of a single student; neither depends on its training."""
     student = digits.MLPStack([0], digits.STUDENT_WIDTHS)
@@ -203,6 +202,33 @@ def _latency_us(model, image):
 
 def _targets(temperature):
     return "hard" if temperature is None else f"T = {temperature:g}"
+
+
+def _comparison(runs, teacher, student, test_images):
+    """A dict for each model, as the report of any run has them."""
+
+    def row(name, targets, errors, agreement, parameters, latency_us):
+        return dict(
+            name=name,
+            targets=targets,
+            errors=errors,
+            accuracy=None if errors is None else 1 - errors / test_images,
+            agreement=agreement,
+            parameters=parameters,
+            latency_ms=None if latency_us is None else latency_us / 1000,
+        )
+
+    rows = [row("teacher", "hard", teacher.errors, None, teacher.parameters, teacher.latency_us)]
+    for run in runs:
+        agreement = run.agreement and statistics.fmean(run.agreement)
+        name = f"student, {run.size} labels"
+        rows.append(row(name, _targets(run.temperature), run.mean_errors, agreement, **student))
+    return rows
+
+
+def _curve(run):
+    name = f"{run.size} labels, {_targets(run.temperature)}"
+    return dict(name=name, steps=run.steps, values=run.curve, ylabel="errors on the test images")
 
 
 def _by_size(runs):

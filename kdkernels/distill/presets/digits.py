@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..modules import KDLoss
-from .distiller import Distiller, predict
+from ...modules import KDLoss
+from ..distiller import Distiller
+from ..evaluation import predict
 
 CLASSES = 10
 SIDE = 8  # pixels; an image is a row of SIDE · SIDE
@@ -185,14 +186,14 @@ def train_students(
     the same images and initial weights at every temperature, and its 50 are among its 100.
     """
     alpha = 0.0 if temperature is None else 1.0
-    chosen = torch.stack([_chosen(seed, size) for seed in range(seeds)], 1)  # (size, seeds)
+    rows = torch.stack([chosen(seed, size) for seed in range(seeds)], 1)  # (size, seeds)
     stack = MLPStack(range(seeds), STUDENT_WIDTHS)
     test_images = for_members(test.images, seeds)
     distiller = Distiller(
         stack,
-        teacher.logits[chosen],
-        train.images[chosen],
-        train.labels[chosen],
+        teacher.logits[rows],
+        train.images[rows],
+        train.labels[rows],
         loss=KDLoss(temperature=temperature or 1.0, alpha=alpha, backend=backend),
         optimizer=ADAM,
         batch_size=STUDENT_BATCH,
@@ -215,6 +216,6 @@ def train_students(
     )
 
 
-def _chosen(seed, size):
+def chosen(seed, size):
     """The rows (size,) of the training images that the student of this seed sees."""
     return torch.randperm(TRAINING, generator=torch.Generator().manual_seed(seed))[:size]

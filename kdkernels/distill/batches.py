@@ -1,0 +1,145 @@
+"""Examples in batches, in an order that depends on a seed and on the step alone.
+
+So that a run that is resumed at a step sees what it would have seen: nothing has to be remembered.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+
+def of(inputs, labels, workers):
+    """Tensors in memory, or a `Dataset`."""
+    if isinstance(inputs, torch.Tensor):
+        return InMemory(inputs, labels)
+    return inputs if isinstance(inputs, Streamed) else Streamed(inputs, workers)
+
+
+class Batch(NamedTuple):
+    """Examples of a step, or a part of them."""
+
+    rows: torch.Tensor  # (B,) int64, on the CPU: which examples of the data set
+    inputs: Any  # (B, ...), or a dict of such tensors: what the models are called with
+    labels: torch.Tensor | None  # (B, ...)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def split(self, parts):
+        """Up to `parts` batches of as equal a length as can be; none is empty."""
+        if parts == 1:
+            return [self]
+        sizes = [len(rows) for rows in self.rows.tensor_split(parts) if len(rows)]
+        pieces = zip(*(_split(x, sizes) for x in self), strict=True)
+        return [Batch(*piece) for piece in pieces]
+
+    def to(self, device):
+        moved = (_map(x, lambda tensor: tensor.to(device, non_blocking=True)) for x in self[1:])
+        return Batch(self.rows, *moved)
+
+
+def steps_per_epoch(count, batch_size, least=1):
+    """Batches of an epoch; one of fewer than `least` rows at its end is left out."""
+    return count // batch_size + (count % batch_size >= least)
+
+
+def rows_from(step, count, batch_size, seed, processes=1, process=0):
+    """Rows (B,) of step after step, from one on: every epoch has every row once, in a new order.
+
+    The last batch of an epoch may be smaller. Each of several processes gets its part of a batch;
+    one that does not suffice for all is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = steps_per_epoch(count, batch_size, processes)
+    for epoch in itertools.count():
+        order = torch.randperm(count, generator=generator)
+        if epoch >= step // steps:
+            for rows in order.split(batch_size)[max(step - epoch * steps, 0) : steps]:
+                yield rows.tensor_split(processes)[process]
+
+
+class InMemory:
+    """Tensors: inputs (N, ...) and labels (N, ...) or None."""
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def batches(self, all_rows):
+        """all_rows: an iterator of (B,) -> an iterator of `Batch`."""
+        for rows in all_rows:
+            here = rows.to(self.inputs.device)
+            yield Batch(rows, self.inputs[here], None if self.labels is None else self.labels[here])
+
+
+class Streamed:
+    """A map-style `Dataset`, whose examples are read as they are needed, by worker processes.
+
+    What an example is must depend on its number alone for a run to be repeatable: one that draws
+    random crops takes their seed from it.
+
+    Args:
+        dataset: an example is (input, label), or an input alone; or a dict of a model's keyword
+            arguments, whose "labels" are the labels.
+        workers: processes that read ahead; 0 reads in this one.
+        collate: examples in a list -> a batch of them; default: PyTorch's, which stacks.
+    """
+
+    def __init__(self, dataset, workers=0, collate=default_collate):
+        self.dataset, self.workers, self.collate = dataset, workers, collate
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def batches(self, all_rows):
+        """all_rows: an iterator of (B,) -> an iterator of `Batch`."""
+        loader = DataLoader(
+            _Numbered(self.dataset),
+            batch_sampler=(rows.tolist() for rows in all_rows),
+            num_workers=self.workers,
+            collate_fn=self._collate,
+            generator=torch.Generator(),  # or it would draw from the one that dropout draws from
+        )
+        yield from loader
+
+    def _collate(self, numbered):
+        rows, examples = zip(*numbered, strict=True)
+        batch, labels = self.collate(list(examples)), None
+        if isinstance(batch, Mapping):
+            batch = dict(batch)
+            labels = batch.pop("labels", None)
+        elif isinstance(batch, (tuple, list)):
+            if len(batch) != 2:
+                raise ValueError(
+                    f"an example must be (input, label), an input or a dict, got {len(batch)} parts"
+                )
+            batch, labels = batch
+        return Batch(torch.tensor(rows), batch, labels)
+
+
+class _Numbered(Dataset):
+    """Examples together with their numbers, for reports."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, row):
+        return row, self.dataset[row]
+
+
+def _split(x, sizes):
+    if isinstance(x, Mapping):
+        split = {key: each.split(sizes) for key, each in x.items()}
+        return [{key: each[k] for key, each in split.items()} for k in range(len(sizes))]
+    return [None] * len(sizes) if x is None else x.split(sizes)
+
+
+def _map(x, function):
+    if isinstance(x, Mapping):
+        return {key: function(each) for key, each in x.items()}
+    return None if x is None else function(x)

@@ -1,0 +1,76 @@
+"""What a training remembers of itself: its learning curves, and sums since their last point."""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from .evaluation import Evaluation
+from .validation import Scores
+
+KINDS = {kind.__name__: kind for kind in (Evaluation, Scores)}
+
+
+@dataclass
+class History:
+    """What `Distiller.train` recorded, one entry per recording: the learning curves."""
+
+    steps: list[int] = field(default_factory=list)  # optimiser steps taken so far
+    losses: list[float] = field(default_factory=list)  # mean training loss since the last entry
+    # Means like `losses` of what it is made of, where that is more than one thing: "distill" and
+    # "hard", unweighted, "hints", weighted; and the "learning_rate" of the step.
+    terms: list[dict] = field(default_factory=list)
+    evaluations: list = field(default_factory=list)  # `Evaluation` or `Scores`; empty without test
+    # (step, [(row of the data set, position in it ...), ...]) of steps that were not taken
+    skipped: list[tuple] = field(default_factory=list)
+    stopped_early: bool = False
+
+    def state(self):
+        """As `Checkpoints` can hold it."""
+        evaluations = [[type(each).__name__, asdict(each)] for each in self.evaluations]
+        return {**vars(self), "evaluations": evaluations}
+
+    @classmethod
+    def of(cls, state):
+        evaluations = [KINDS[name](**values) for name, values in state["evaluations"]]
+        return cls(**{**state, "evaluations": evaluations})
+
+
+class Meter:
+    """Sums over the steps since the last recording, left on their device."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.totals, self.count = {}, 0
+        self.rows, self.started = 0, time.perf_counter()
+
+    def add(self, terms, rows):
+        """terms: {name: ()} of a step, or None; rows: predictions that counted, an int or ()."""
+        self.rows = self.rows + rows
+        if terms is not None:
+            self.totals = {name: self.totals.get(name, 0.0) + x for name, x in terms.items()}
+            self.count += 1
+
+    def read(self, engine):
+        """-> ({name: mean over the steps}, rows per second), over all processes.
+
+        Without a step the loss is NaN.
+        """
+        seconds = time.perf_counter() - self.started
+        sums = [*self.totals.values(), self.rows]
+        sums = torch.stack([torch.as_tensor(x, device=engine.device).double() for x in sums])
+        *totals, rows = engine.reduce(sums).tolist()
+        steps = self.count * engine.num_processes
+        means = {k: x / steps for k, x in zip(self.totals, totals, strict=True)}
+        return means or {"loss": math.nan}, rows / seconds
+
+    def state(self):
+        totals = {name: torch.as_tensor(x).cpu() for name, x in self.totals.items()}
+        return {"totals": totals, "count": self.count}
+
+    def restore(self, state):
+        self.reset()
+        self.totals, self.count = state["totals"], state["count"]

@@ -1,0 +1,522 @@
+"""`Job`: distils real checkpoints, from directories to a directory, as a `Config` says.
+
+OUT/config.yaml        every option
+    checkpoints/       of the run; the same command continues from them
+    student/           the trained student, as save_pretrained writes it, in float32
+    results.json       student and teacher compared, learning curves, notes
+    log.csv, tensorboard/, learning_curves.png
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ... import __version__
+from ...modules import KDLoss
+from ...sources import TopK
+from .. import batches, checks, engine, report
+from ..checkpoints import Checkpoints
+from ..distiller import Distiller, TrainingError
+from ..files import atomic, check_writable
+from ..hints import AttentionTransfer, FeatureHint, module_of
+from ..logs import CsvLog, TensorBoardLog
+from ..offline import most_probable, open_predictions, write_predictions
+from ..predictions import as_teacher, inference, predict_with
+from ..validation import row, size_of, validate
+from . import config, folders, models
+
+HINTS = {"feature": FeatureHint, "attention": AttentionTransfer}
+# Options that a run may change when it is resumed: no weight depends on them.
+FREE = {"out", "checkpoint_every", "workers", "tensorboard"}
+CURVES = "learning_curves.png"
+HEADINGS = dict(name="", accuracy="accuracy", cross_entropy="nats", perplexity="perplexity")
+HEADINGS.update(agreement="agrees", parameters="parameters", latency_ms="ms", speed_up="speed")
+
+
+class Parts(NamedTuple):
+    """What a task makes of the directories."""
+
+    student: Any
+    teacher: Any  # or None
+    train: Any  # data sets
+    test: Any
+    kept: list  # what is saved with the student: its tokenizer, its image processor
+    vocab_size: int | None = None
+
+
+class Job:
+    """A distillation, all of which is checked here, before its first step.
+
+    Args:
+        options: a `Config`.
+
+    Raises:
+        TypeError, ValueError: options, models, tokenizers, labels or data that do not go together.
+        OSError: a directory or file that is not there.
+        ImportError: a package is missing (the extra `train`).
+    """
+
+    def __init__(self, options):
+        checks.instance("options", options, config.Config, "a Config")
+        self.options, self.out, self.notes = options, Path(options.out), []
+        self.checkpoints = Checkpoints(self.out / "checkpoints")
+        self._check_resumable()
+        self._check_teacher()
+        task = models.task_of("student", models.config_of("student", options.student))
+        self.parts = {models.TEXT: _text, models.IMAGES: _images}[task](options, self.notes)
+        self.is_text = task == models.TEXT
+        names = "divergence", "temperature", "alpha", "beta", "label_smoothing", "backend"
+        given = {name: getattr(options, name) for name in names}
+        self.loss = KDLoss(vocab_size=self.parts.vocab_size, **given)
+        each = batches.steps_per_epoch(len(self.parts.train), options.batch_size)
+        self.steps = options.steps or math.ceil((options.epochs or 1) * each)
+        self.accelerator = _accelerator(options)
+        if self.parts.teacher is not None:
+            self.parts.teacher.to(self.accelerator.device)
+        if options.write_teacher_predictions:
+            self.distiller = None  # comes when the file is there
+            self._try(self.parts.teacher)
+            check_writable(options.teacher_predictions)
+        else:
+            self.distiller = self._distiller()
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def run(self):
+        """Trains, validates and saves -> what `results.json` holds, a dict; None in all of several
+        processes but the main one.
+
+        Raises:
+            TrainingError: no step had a finite gradient.
+            KeyboardInterrupt: after a checkpoint; the same job continues from there.
+        """
+        from accelerate.utils import set_seed
+        from rich.console import Console
+
+        options, started = self.options, time.perf_counter()
+        is_main = self.accelerator.is_main_process
+        console = Console(quiet=not is_main, markup=False, highlight=False)
+        if options.write_teacher_predictions:
+            resumed = self.checkpoints.paths() and Path(options.teacher_predictions).exists()
+            if is_main and not resumed:
+                self._write_predictions()
+            self.accelerator.wait_for_everyone()
+            self.distiller = self._distiller()
+        rows = self._first_rows()
+        step = self.distiller.resume(self.checkpoints) if self.checkpoints.paths() else 0
+        if not step:
+            set_seed(options.seed)
+        if is_main:
+            options.dump(self.out / "config.yaml")
+        history = self._train(console, step)
+        if len(history.skipped) == self.steps:
+            raise TrainingError(f"none of the {self.steps} steps had a finite gradient")
+        student = self._model()
+        rows.append({**self._row("student", self.parts.student), "targets": self._targets()})
+        if not is_main:
+            return None
+        for kept in (student, *self.parts.kept):
+            kept.save_pretrained(self.out / "student")
+        results = self._results(rows, history, time.perf_counter() - started)
+        with atomic(self.out / "results.json") as file:
+            file.write(json.dumps(results, indent=1).encode())
+        _print(console, rows)
+        console.print(f"The student and results.json: {self.out}", soft_wrap=True)
+        return results
+
+    def _check_resumable(self):
+        path = self.out / "config.yaml"
+        if not (self.checkpoints.paths() and path.exists()):
+            return
+        before = config.Config.load(path)
+        changed = [x for x in config.differences(before, self.options) if x not in FREE]
+        if changed:
+            facts = (
+                f"{x} was {getattr(before, x)!r} and is {getattr(self.options, x)!r}"
+                for x in changed
+            )
+            raise ValueError(
+                f"{self.out} has checkpoints of a run with other options: {', '.join(facts)}; "
+                "continue that one, or choose another `out`"
+            )
+
+    def _check_teacher(self):
+        options = self.options
+        file, write = options.teacher_predictions, options.write_teacher_predictions
+        if write and not (file and options.teacher):
+            raise ValueError("write_teacher_predictions needs a teacher and teacher_predictions")
+        if options.topk is not None and not write:
+            raise ValueError("topk goes with write_teacher_predictions")
+        if file and not write and not Path(file).is_file():
+            raise FileNotFoundError(f"teacher_predictions must be a file, {file} is none")
+        suffixes = (".safetensors",) if options.topk else (".safetensors", ".npy")
+        if file and not file.endswith(suffixes):
+            raise ValueError(f"teacher_predictions must end in {' or '.join(suffixes)}, got {file}")
+        if not (file or options.teacher) and options.alpha > 0:
+            raise ValueError(
+                f"alpha must be 0 without a teacher, got {options.alpha:g}: name a teacher, or "
+                "train one on the labels first, with alpha 0"
+            )
+        if file and options.hints:
+            raise ValueError("hints need the teacher itself, not teacher_predictions")
+
+    def _distiller(self):
+        options, parts = self.options, self.parts
+        teacher = parts.teacher
+        if options.teacher_predictions:
+            teacher = open_predictions(options.teacher_predictions, len(parts.train), options.tail)
+            self._check_predictions()
+        self._try(teacher)
+        hints = [_hint(each, parts.student, teacher) for each in options.hints]
+        return Distiller(
+            parts.student,
+            teacher,
+            parts.train,
+            loss=self.loss,
+            optimizer=functools.partial(
+                torch.optim.AdamW, lr=options.learning_rate, weight_decay=options.weight_decay
+            ),
+            scheduler=self._scheduler,
+            batch_size=options.batch_size,
+            accumulate=options.accumulate,
+            clip_norm=options.clip_norm,
+            hints=hints,
+            alpha_warmup=options.alpha_warmup,
+            workers=options.workers,
+            accelerator=self.accelerator,
+            seed=options.seed,
+        )
+
+    def _try(self, teacher):
+        """The loss of an example: predictions of other shapes or classes, or a loss that they have
+        no answer for, are found before the first step."""
+        student = self.parts.student.to(self.accelerator.device)
+        batch = next(batches.of(self.parts.train, None, 0).batches(iter([torch.arange(1)])))
+        batch = batch.to(self.accelerator.device)
+        with inference(student), self.accelerator.autocast():
+            prediction = predict_with(student, batch.inputs)
+            target = prediction if teacher is None else as_teacher(teacher)(batch)
+            if isinstance(teacher, torch.nn.Module) and self.options.topk:
+                top = most_probable(target, self.options.topk, self.parts.vocab_size)
+                top = {name: x.to(batch.labels.device) for name, x in top.items()}
+                target = TopK(**top, tail=self.options.tail)
+            self.loss(prediction, target, batch.labels)
+
+    def _scheduler(self, optimizer):
+        from transformers import get_scheduler
+
+        name = self.options.scheduler.replace("constant", "constant_with_warmup")
+        return get_scheduler(name, optimizer, self.options.warmup, self.steps)
+
+    def _write_predictions(self):
+        options, facts = self.options, self._facts_of_predictions()
+        facts.unlink(missing_ok=True)  # of another file, if this one is not finished
+        write_predictions(
+            options.teacher_predictions,
+            self.parts.teacher,
+            self.parts.train,
+            topk=options.topk,
+            vocab_size=self.parts.vocab_size,
+            batch_size=options.batch_size,
+        )
+        with atomic(facts) as file:
+            file.write(json.dumps({"data": self.parts.train.digest()}).encode())
+
+    def _facts_of_predictions(self):
+        return Path(f"{self.options.teacher_predictions}.json")
+
+    def _check_predictions(self):
+        """Another seed holds out other files: as many rows, but of other examples. Files that
+        other programs wrote say nothing of it."""
+        path = self._facts_of_predictions()
+        if path.exists() and json.loads(path.read_bytes())["data"] != self.parts.train.digest():
+            raise ValueError(
+                f"{self.options.teacher_predictions} must be of these training examples, it was "
+                "written for others: `data`, `length`, `test_share` and `seed` choose them"
+            )
+
+    def _train(self, console, step):
+        """-> the `History`, the student having its best weights where `patience` is given"""
+        options, distiller = self.options, self.distiller
+        left = 0 if distiller.history.stopped_early else self.steps - step
+        if left <= 0:
+            distiller.restore_best()
+            return distiller.history
+        if step:
+            console.print(f"Going on from step {step} in {self.checkpoints.folder}")
+        with contextlib.ExitStack() as stack:
+            on_step, shown = stack.enter_context(self._progress(console, step))
+            logs = [shown]
+            if self.accelerator.is_main_process:
+                logs.append(CsvLog(self.out / "log.csv", step))
+                if options.tensorboard:
+                    logs.append(TensorBoardLog(self.out / "tensorboard", step))
+                for log in logs[1:]:
+                    stack.callback(log.close)
+            stack.enter_context(_told(distiller))
+            return distiller.train(
+                left,
+                test=self._validate,
+                record_every=options.record_every,
+                on_step=on_step,
+                logs=logs,
+                checkpoints=self.checkpoints,
+                checkpoint_every=options.checkpoint_every,
+                patience=options.patience,
+            )
+
+    @contextlib.contextmanager
+    def _progress(self, console, done):
+        """-> (what is called after every step, a log that shows what it is told beside the bar)"""
+        unit = "tokens/s" if self.is_text else "images/s"
+        with report.progress(console) as bar:
+            task = bar.add_task("training", total=self.steps, completed=done)
+            shown = _Shown(lambda text: bar.update(task, description=text), unit)
+            yield functools.partial(bar.advance, task), shown
+
+    def _model(self):
+        """The `transformers` or PEFT model behind the student."""
+        return _inner(self.parts.student)
+
+    def _validate(self, model, teacher=None):
+        return validate(
+            model,
+            self.parts.test,
+            teacher=teacher,
+            vocab_size=self.parts.vocab_size,
+            batch_size=self.options.batch_size,
+            workers=self.options.workers,
+        )
+
+    def _first_rows(self):
+        """Of the comparison: the teacher, and the student as it was."""
+        rows = []
+        if self.parts.teacher is not None:
+            rows.append(self._row("teacher", self.parts.teacher))
+        return [*rows, self._row("student before", self.parts.student)]
+
+    def _row(self, name, model):
+        scores = self._validate(model, self.parts.teacher)
+        example = next(batches.of(self.parts.test, None, 0).batches(iter([torch.arange(1)])))
+        size = size_of(model, example.to(self.accelerator.device).inputs)
+        found = {**row(name, scores, size), "targets": None}
+        return found if self.is_text else {k: x for k, x in found.items() if k != "perplexity"}
+
+    def _targets(self):
+        options = self.options
+        if not options.alpha:
+            return "labels"
+        return f"{options.divergence}, T = {options.temperature:g}, alpha = {options.alpha:g}"
+
+    def _results(self, rows, history, seconds):
+        if self.parts.teacher is not None:
+            for each in rows:
+                each["speed_up"] = rows[0]["latency_ms"] / each["latency_ms"]
+        values = [each.cross_entropy for each in history.evaluations]
+        ylabel = "test cross-entropy / nats"
+        references = [(each["name"], each["cross_entropy"]) for each in rows[:-1]]
+        curves = [("student", history.steps, values)]
+        curves += [(name, history.steps, [x] * len(values)) for name, x in references]
+        report.plot_curves(self.out / CURVES, [("test data", curves)], ylabel, "Learning curve")
+        if self.options.test is None:
+            self.notes.append(
+                f"The test data are {self.options.test_share:g} of the files of the data, held out."
+            )
+        if history.stopped_early:
+            self.notes.append(f"Stopped early, after {history.steps[-1]} of {self.steps} steps.")
+        for step, where in history.skipped:
+            self.notes.append(f"Step {step} was not taken, its gradient not finite: {where}")
+        keys = "name", "steps", "values"
+        return {
+            "title": f"{Path(self.options.student).name}, distilled",
+            "comparison": rows,
+            "options": dataclasses.asdict(self.options),
+            "curves": [{**dict(zip(keys, each, strict=True)), "ylabel": ylabel} for each in curves],
+            "notes": self.notes,
+            "pictures": {CURVES: "The student's cross-entropy on the test data, as it was trained"},
+            "versions": {"kdkernels": __version__, "torch": torch.__version__},
+            "steps": self.steps,
+            "seconds": seconds,
+            "terms": [
+                {"step": step, "loss": loss, **terms}
+                for step, loss, terms in zip(
+                    history.steps, history.losses, history.terms, strict=True
+                )
+            ],
+        }
+
+
+def _text(options, notes):
+    """Causal language models and text files -> `Parts`."""
+    files = _files(options, folders.TEXT, "text files")
+    student, teacher = _pair(options, models.TEXT)
+    tokenizer = models.tokenizer_of("student", options.student)
+    if teacher is not None:
+        models.check_tokenizers(tokenizer, models.tokenizer_of("teacher", options.teacher))
+    named = {"student": student, **({} if teacher is None else {"teacher": teacher})}
+    heads = {name: models.head_rows(model) for name, model in named.items()}
+    size = models.vocab_size_of(options.vocab_size, heads, max(tokenizer.get_vocab().values()) + 1)
+    if size != options.vocab_size:
+        notes.append(f"The heads' rows from {size} on are padding: the tokenizer has no more.")
+    for name, model in named.items():
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and options.length > limit:
+            raise ValueError(
+                f"length must be at most {limit}, the positions of the {name}, got {options.length}"
+            )
+    train, test = (folders.TextFolder(each, tokenizer, options.length) for each in files)
+    limit = size or min(heads.values())
+    if (largest := max(train.largest, test.largest)) >= limit:
+        raise ValueError(f"token ids must be below {limit}, got {largest} in the data")
+    if teacher is not None:
+        teacher = models.without_logits("teacher", teacher, notes)
+    student = models.without_logits("student", student, notes)
+    return Parts(student, teacher, train, test, [tokenizer], size)
+
+
+def _images(options, notes):
+    """Image classifiers and folders of images -> `Parts`."""
+    files = _files(options, folders.IMAGES, "folders of images")
+    student, teacher = _pair(options, models.IMAGES)
+    if options.vocab_size is not None:
+        raise ValueError("vocab_size goes with language models only")
+    names = sorted({path.parent.name for split in files for path in split})
+    if teacher is not None:
+        folders.check_labels(student.config, teacher.config)
+    both = [each.config for each in (student, teacher) if each is not None]
+    labels = folders.label_ids(names, *both)
+    transform = folders.transform_of(options.student, student.config)
+    if teacher is not None and folders.transform_of(options.teacher, teacher.config) != transform:
+        raise ValueError(
+            "teacher and student must take images alike, their image processors (or sizes) "
+            "differ: write the teacher's predictions to a file, and train from that"
+        )
+    train, test = (folders.ImageFolder(each, labels, transform) for each in files)
+    return Parts(student, teacher, train, test, transform.kept())
+
+
+def _files(options, suffixes, what):
+    """-> (paths to train on, paths to test on)"""
+    found = folders.find("data", options.data, suffixes, what)
+    if options.test is None:
+        return folders.held_out(found, options.test_share, options.seed)
+    return found, folders.find("test", options.test, suffixes, what)
+
+
+def _pair(options, task):
+    """-> the student, and the teacher or None"""
+    attention = any(isinstance(x, dict) and x.get("kind") == "attention" for x in options.hints)
+    student = models.load(
+        "student",
+        options.student,
+        task,
+        dtype=torch.float32,  # optimisers lose small steps in less
+        attention=attention,
+        trainable=True,
+    )
+    if options.gradient_checkpointing:
+        # Its name until transformers 5.
+        old = student.gradient_checkpointing_enable
+        getattr(student, "activation_checkpointing_enable", old)()
+    if options.teacher is None:
+        return student, None
+    found = models.task_of("teacher", models.config_of("teacher", options.teacher))
+    if found != task:
+        raise ValueError(f"teacher must be for {task}, as the student is, got one for {found}")
+    return student, models.load("teacher", options.teacher, task, attention=attention)
+
+
+def _accelerator(options):
+    """-> `accelerate.Accelerator`, of processes that have all of the model each"""
+    import accelerate
+
+    handlers = []
+    if options.write_teacher_predictions:  # by one process, while the others wait
+        handlers.append(accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)))
+    found = accelerate.Accelerator(
+        mixed_precision=options.mixed_precision, kwargs_handlers=handlers
+    )
+    engine.check_whole(found)
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes != found.num_processes:
+        raise RuntimeError(
+            f"WORLD_SIZE is {processes}, but accelerate has {found.num_processes}: without a GPU "
+            "it takes `accelerate launch --cpu`, or each process trains alone"
+        )
+    return found
+
+
+def _inner(model):
+    """The `transformers` or PEFT model behind a student or a teacher."""
+    return model.model if isinstance(model, models.HiddenStates) else model
+
+
+def _hint(options, student, teacher):
+    """An entry of the option `hints`, whose paths are those of the `transformers` models."""
+    if not isinstance(options, dict):
+        raise TypeError(f"hints must be mappings of student, teacher, ..., got {options!r}")
+    kind, options = options.get("kind", "feature"), dict(options)
+    options.pop("kind", None)
+    if kind not in HINTS:
+        raise ValueError(f"hints must be of kind {' or '.join(HINTS)}, got {kind!r}")
+    known = ["student", "teacher", "weight", "select", "dim" if kind == "feature" else "rows"]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            raise ValueError(f"{name!r} is no option of a {kind} hint; near: {', '.join(near)}")
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(options.get(name), str):
+            raise ValueError(f"hints must name a module of the {name}, got {options.get(name)!r}")
+        module_of(name, _inner(model), options[name])
+        if model is not _inner(model):
+            options[name] = f"model.{options[name]}"
+    return HINTS[kind](**options)
+
+
+@contextlib.contextmanager
+def _told(distiller):
+    """Says where a run that is interrupted stands."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        step = distiller.steps_taken
+        print(f"interrupted at step {step}: the same command goes on from there", file=sys.stderr)
+        raise
+
+
+class _Shown:
+    """A log that is read by people."""
+
+    def __init__(self, show, unit):
+        self.show, self.unit = show, unit
+
+    def write(self, step, values):
+        """values: {name: number}"""
+        names = ("loss", "distill", "hard", "hints", "test_cross_entropy")
+        facts = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in names if name in values]
+        self.show(", ".join([*facts, f"{values['rows_per_second']:,.0f} {self.unit}"]))
+
+
+def _print(console, rows):
+    """The comparison as a table."""
+    columns = [x for x in HEADINGS if any(each.get(x) is not None for each in rows)]
+    if "perplexity" in columns:  # says the same, and a terminal has 80 characters
+        columns.remove("cross_entropy")
+    texts = [[_cell(each.get(x)) for x in columns] for each in rows]
+    report.print_table(console, "On the test data", [HEADINGS[x] for x in columns], [texts])
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:.4g}" if value >= 1 else f"{value:.3f}"
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else value
