@@ -84,6 +84,13 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+def assert_trained_alike(found, wanted, before, bound):
+    """Weights (N,) after two trainings from the weights `before` (N,) differ by at most this share
+    of how far the one that is wanted went."""
+    error, way = ((x.double() - wanted.double()).norm() for x in (found, before))
+    assert way > 0 and error <= bound * way, f"{error / way:.3g} of the way"
+
+
 @pytest.fixture
 def bench(monkeypatch):
     """The package as `python -m kdkernels bench` sees it, on one thread; torch's are put back."""

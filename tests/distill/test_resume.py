@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_killed_at_any_moment(tmp_path):
     program = textwrap.dedent(
         f"""
         import sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        sys.path[:0] = {os.path.dirname(__file__)!r}, {str(Path(__file__).parents[1])!r}
         import torch
         torch.set_num_threads(1)
         from test_resume import Checkpoints, make, weights

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import assert_trained_alike
 
 transformers = pytest.importorskip("transformers", reason="the extra `train` is not installed")
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
@@ -145,7 +146,7 @@ def test_a_teacher_that_was_written_to_a_file_makes_the_same_student(made, tmp_p
         weights(tmp_path / x / "out" / "student") for x in ("live", "all", "read")
     )
     assert torch.equal(written, read)
-    torch.testing.assert_close(live, read, rtol=1e-3, atol=1e-4)
+    assert_trained_alike(live, read, weights(made / "student"), 1e-4)
 
 
 def test_the_most_probable_classes_of_a_teacher(made, tmp_path):
