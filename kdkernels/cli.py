@@ -260,7 +260,7 @@ def _preset(given):
     if preset == "text":
         return _demo("the preset text", "text_demo", "runs/text", given)
     if "technique" in given:
-        return _demo("a technique", "techniques", f"runs/{given['technique']}", given)
+        return _demo("a technique", "techniques_demo", f"runs/{given['technique']}", given)
     return _demo("the preset digits", "digits_demo", "runs/digits", given)
 
 

@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +33,7 @@ from ..logs import CsvLog, TensorBoardLog
 from ..offline import most_probable, open_predictions, write_predictions
 from ..predictions import as_teacher, inference, predict_with
 from ..validation import row, size_of, validate
-from . import config, folders, models
+from . import config, models, parts
 
 HINTS = {"feature": FeatureHint, "attention": AttentionTransfer}
 # Options that a run may change when it is resumed: no weight depends on them.
@@ -42,17 +41,6 @@ FREE = {"out", "checkpoint_every", "workers", "tensorboard"}
 CURVES = "learning_curves.png"
 HEADINGS = dict(name="", accuracy="accuracy", cross_entropy="nats", perplexity="perplexity")
 HEADINGS.update(agreement="agrees", parameters="parameters", latency_ms="ms", speed_up="speed")
-
-
-class Parts(NamedTuple):
-    """What a task makes of the directories."""
-
-    student: Any
-    teacher: Any  # or None
-    train: Any  # data sets
-    test: Any
-    kept: list  # what is saved with the student: its tokenizer, its image processor
-    vocab_size: int | None = None
 
 
 class Job:
@@ -74,7 +62,8 @@ class Job:
         self._check_resumable()
         self._check_teacher()
         task = models.task_of("student", models.config_of("student", options.student))
-        self.parts = {models.TEXT: _text, models.IMAGES: _images}[task](options, self.notes)
+        of_task = {models.TEXT: parts.of_text, models.IMAGES: parts.of_images}[task]
+        self.parts = of_task(options, self.notes)
         self.is_text = task == models.TEXT
         names = "divergence", "temperature", "alpha", "beta", "label_smoothing", "backend"
         given = {name: getattr(options, name) for name in names}
@@ -171,17 +160,17 @@ class Job:
             raise ValueError("hints need the teacher itself, not teacher_predictions")
 
     def _distiller(self):
-        options, parts = self.options, self.parts
-        teacher = parts.teacher
+        options, student, train = self.options, self.parts.student, self.parts.train
+        teacher = self.parts.teacher
         if options.teacher_predictions:
-            teacher = open_predictions(options.teacher_predictions, len(parts.train), options.tail)
+            teacher = open_predictions(options.teacher_predictions, len(train), options.tail)
             self._check_predictions()
         self._try(teacher)
-        hints = [_hint(each, parts.student, teacher) for each in options.hints]
+        hints = [_hint(each, student, teacher) for each in options.hints]
         return Distiller(
-            parts.student,
+            student,
             teacher,
-            parts.train,
+            train,
             loss=self.loss,
             optimizer=functools.partial(
                 torch.optim.AdamW, lr=options.learning_rate, weight_decay=options.weight_decay
@@ -354,86 +343,6 @@ class Job:
                 )
             ],
         }
-
-
-def _text(options, notes):
-    """Causal language models and text files -> `Parts`."""
-    files = _files(options, folders.TEXT, "text files")
-    student, teacher = _pair(options, models.TEXT)
-    tokenizer = models.tokenizer_of("student", options.student)
-    if teacher is not None:
-        models.check_tokenizers(tokenizer, models.tokenizer_of("teacher", options.teacher))
-    named = {"student": student, **({} if teacher is None else {"teacher": teacher})}
-    heads = {name: models.head_rows(model) for name, model in named.items()}
-    size = models.vocab_size_of(options.vocab_size, heads, max(tokenizer.get_vocab().values()) + 1)
-    if size != options.vocab_size:
-        notes.append(f"The heads' rows from {size} on are padding: the tokenizer has no more.")
-    for name, model in named.items():
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and options.length > limit:
-            raise ValueError(
-                f"length must be at most {limit}, the positions of the {name}, got {options.length}"
-            )
-    train, test = (folders.TextFolder(each, tokenizer, options.length) for each in files)
-    limit = size or min(heads.values())
-    if (largest := max(train.largest, test.largest)) >= limit:
-        raise ValueError(f"token ids must be below {limit}, got {largest} in the data")
-    if teacher is not None:
-        teacher = models.without_logits("teacher", teacher, notes)
-    student = models.without_logits("student", student, notes)
-    return Parts(student, teacher, train, test, [tokenizer], size)
-
-
-def _images(options, notes):
-    """Image classifiers and folders of images -> `Parts`."""
-    files = _files(options, folders.IMAGES, "folders of images")
-    student, teacher = _pair(options, models.IMAGES)
-    if options.vocab_size is not None:
-        raise ValueError("vocab_size goes with language models only")
-    names = sorted({path.parent.name for split in files for path in split})
-    if teacher is not None:
-        folders.check_labels(student.config, teacher.config)
-    both = [each.config for each in (student, teacher) if each is not None]
-    labels = folders.label_ids(names, *both)
-    transform = folders.transform_of(options.student, student.config)
-    if teacher is not None and folders.transform_of(options.teacher, teacher.config) != transform:
-        raise ValueError(
-            "teacher and student must take images alike, their image processors (or sizes) "
-            "differ: write the teacher's predictions to a file, and train from that"
-        )
-    train, test = (folders.ImageFolder(each, labels, transform) for each in files)
-    return Parts(student, teacher, train, test, transform.kept())
-
-
-def _files(options, suffixes, what):
-    """-> (paths to train on, paths to test on)"""
-    found = folders.find("data", options.data, suffixes, what)
-    if options.test is None:
-        return folders.held_out(found, options.test_share, options.seed)
-    return found, folders.find("test", options.test, suffixes, what)
-
-
-def _pair(options, task):
-    """-> the student, and the teacher or None"""
-    attention = any(isinstance(x, dict) and x.get("kind") == "attention" for x in options.hints)
-    student = models.load(
-        "student",
-        options.student,
-        task,
-        dtype=torch.float32,  # optimisers lose small steps in less
-        attention=attention,
-        trainable=True,
-    )
-    if options.gradient_checkpointing:
-        # Its name until transformers 5.
-        old = student.gradient_checkpointing_enable
-        getattr(student, "activation_checkpointing_enable", old)()
-    if options.teacher is None:
-        return student, None
-    found = models.task_of("teacher", models.config_of("teacher", options.teacher))
-    if found != task:
-        raise ValueError(f"teacher must be for {task}, as the student is, got one for {found}")
-    return student, models.load("teacher", options.teacher, task, attention=attention)
 
 
 def _accelerator(options):

@@ -12,7 +12,9 @@ from kdkernels import KDLoss
 from kdkernels.distill import Distiller, SeveralTeachers, predict
 from kdkernels.distill.offline import open_predictions, write_predictions
 from kdkernels.distill.presets import digits, techniques
-from kdkernels.distill.presets.techniques import TECHNIQUES, Demo, Study
+from kdkernels.distill.presets.study import Study, mlp, small
+from kdkernels.distill.presets.techniques import TECHNIQUES
+from kdkernels.distill.presets.techniques_demo import PICTURE, Demo
 
 for package in ("matplotlib", "rich", "safetensors", "scipy"):
     pytest.importorskip(package, reason="the extra `train` is not installed")
@@ -94,11 +96,11 @@ def test_a_stored_teacher_teaches_as_the_present_one_bit_for_bit(tmp_path, suffi
     write_predictions(path, teacher, images, batch_size=7)
     students = []
     for each in (teacher, open_predictions(path)):
-        student, loss = techniques.small(0), KDLoss(temperature=4.0)
+        student, loss = small(0), KDLoss(temperature=4.0)
         Distiller(student, each, images, loss=loss, batch_size=25).train(10)
         students.append(student)
     assert same_bits(*students)
-    assert not same_bits(students[0], techniques.small(0))
+    assert not same_bits(students[0], small(0))
 
 
 def test_offline_files(tmp_path):
@@ -113,8 +115,8 @@ def test_offline_files(tmp_path):
 
 def test_an_ensemble_is_that_of_the_loss():
     images = digits.load()[0].images[:40]
-    teachers = [techniques.small(seed) for seed in (1, 2, 3)]
-    student, weights = techniques.small(0), [3, 1, 2]
+    teachers = [small(seed) for seed in (1, 2, 3)]
+    student, weights = small(0), [3, 1, 2]
     logits = [predict(each, images) for each in teachers]
     expected = kdk.kd_loss(student(images), kdk.Ensemble(logits, weights), temperature=4.0)
     several = SeveralTeachers(teachers, weights)
@@ -142,7 +144,7 @@ def test_specialists_know_what_the_generalist_confuses():
 def test_a_specialist_starts_as_the_generalist(monkeypatch):
     study = Study(None, seeds=1, steps=1)
     monkeypatch.setattr(study, "fit", lambda *arguments, **options: None)
-    generalist, classes = techniques.small(0), torch.tensor([2, 7])
+    generalist, classes = small(0), torch.tensor([2, 7])
     model, correction = techniques._specialist(study, generalist, torch.arange(200), classes)
     images = study.test.images
     logits, of_all = model(images), generalist(images)
@@ -171,7 +173,7 @@ def test_hints_grow_smaller_and_leave_nothing_in_the_student(monkeypatch, techni
 
 def test_the_projection_of_a_hint_is_learned():
     images = digits.load()[0].images[:50]
-    teacher, student = techniques.mlp(0, 64, 40, 10), techniques.mlp(1, 64, 20, 10)
+    teacher, student = mlp(0, 64, 40, 10), mlp(1, 64, 20, 10)
     hint = kdk.distill.FeatureHint("relu1", "relu1")
     distiller = Distiller(student, teacher, images, loss=KDLoss(), hints=[hint])
     (hint,) = distiller.hints
@@ -222,7 +224,7 @@ def test_early_stopping_looks_at_images_of_its_own(monkeypatch):
 def test_a_run_leaves_results_and_a_picture(tmp_path, capsys, technique):
     results = Demo(tmp_path / "run", technique, seeds=2, steps=20).run()
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
-    assert (tmp_path / "run" / techniques.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert results["title"] and results["options"]["seeds"] == 2
     for row in results["comparison"]:
         assert 0 <= row["errors"] <= 797 and row["accuracy"] == 1 - row["errors"] / 797
