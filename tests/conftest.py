@@ -76,6 +76,20 @@ def _param(name, *dtype):
     return pytest.param(name, *dtype, marks=marks, id=label)
 
 
+def pytest_sessionstart():
+    gc.disable()  # nothing becomes garbage while tests are collected
+
+
+def pytest_collection_finish():
+    """What is there now stays: no search for garbage looks through all of the tests again."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # nanobind's modules count what is left at the end
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
     """What a shell starts in the background ignores Ctrl-C, and so do the children of that."""
@@ -101,9 +115,8 @@ def bench(monkeypatch):
     modules = "case command definition devices measure plots report results scaling suites targets"
     for name in modules.split():
         importlib.import_module(f"benchmarks.{name}")
-    gc.freeze()  # it collects garbage often, and need not look through all of the tests' objects
+    gc.freeze()  # it collects garbage often, and need not look through what others have left
     yield package
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

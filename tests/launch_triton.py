@@ -7,6 +7,7 @@ A process of its own, because the suite's has kernels made for the interpreter.
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import re
@@ -145,6 +146,7 @@ def report(asm):
 
 def main(name, calls):
     warnings.simplefilter("ignore")
+    gc.disable()  # a short process, whose compiler makes objects by the million
     here = Driver(name)
     driver.set_active(here)
     there = dataclasses.replace(BACKENDS["triton"], unavailable=lambda device_type: None)

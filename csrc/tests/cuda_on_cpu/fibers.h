@@ -14,6 +14,7 @@
 #include <new>
 
 #ifdef __SANITIZE_ADDRESS__
+#include <dlfcn.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -28,30 +29,27 @@ constexpr std::size_t kStackBytes = 64 << 10;
 
 inline void jump(const ucontext_t& to) { setcontext(&to); }
 
-// The longjmp of AddressSanitizer forgets the red zones of the stack that it leaves, and
-// swapcontext those of the one that it enters.
-#ifdef __SANITIZE_ADDRESS__
-using Registers = ucontext_t;
-#else
 struct Registers {
   jmp_buf buffer;
 };
 
+// The longjmp of AddressSanitizer forgets the red zones of the stack that it leaves, and
+// swapcontext those of the one that it enters. The C library's own longjmp leaves both alone.
+#ifdef __SANITIZE_ADDRESS__
+inline void jump(Registers& to) {
+  using Longjmp = void (*)(jmp_buf, int);
+  static const auto longjmp_of_libc =
+      reinterpret_cast<Longjmp>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
+  longjmp_of_libc(to.buffer, 1);
+}
+#else
 inline void jump(Registers& to) { _longjmp(to.buffer, 1); }
 #endif
 
 // Returns when something jumps to `from`.
 template <typename Target>
 void switch_registers(Registers& from, Target& to) {
-#ifdef __SANITIZE_ADDRESS__
-  volatile bool left = false;
-  getcontext(&from);
-  if (left) return;
-  left = true;
-  jump(to);
-#else
   if (_setjmp(from.buffer) == 0) jump(to);
-#endif
 }
 
 struct Context {

@@ -1,4 +1,5 @@
-// The kernels of csrc/cuda over rows, compiled by divergence, from kernels.cpp.
+// The kernels of csrc/cuda over rows, compiled by divergence, from kernels.cpp. Weak, so that a
+// program can do without those that it does not call; to call one of them is a crash.
 #pragma once
 
 #include "cuda/task.h"
@@ -6,6 +7,6 @@
 namespace kdk::gpu {
 
 template <Divergence kDivergence>
-void run_rows(const RowTask& task);
+[[gnu::weak]] void run_rows(const RowTask& task);
 
 }  // namespace kdk::gpu
