@@ -1,13 +1,16 @@
 """Which backend computes a call: `backend=`, then `KDKERNELS_BACKEND`, then the first usable."""
 
+import importlib.util
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import INF, UNAVAILABLE, assert_same_bits, problem, run
+from conftest import INF, ROOT, UNAVAILABLE, assert_same_bits, problem, run
 
 from kdkernels import KDLoss, kd_loss
-from kdkernels.backends import native, registry
+from kdkernels.backends import marks, native, registry
 from kdkernels.backends.registry import BACKENDS, ENVIRONMENT_VARIABLE, Backend, resolve
 
 
@@ -175,6 +178,30 @@ def test_eager_mixture_of_little_weight_is_not_lost(beta, divergence, dtype):
     if divergence == "jsd":
         exact = beta * exact - (1 - beta) * math.log1p(-beta / 2)  # and KL(b ‖ m)
     assert abs(loss.item() / exact - 1) < 8 * torch.finfo(dtype).eps
+
+
+def test_what_is_constant_breaks_no_compiled_graph():
+    calls = []
+
+    @marks.constant
+    def asked():
+        calls.append(importlib.util.find_spec("torch"))  # torch.compile cannot look into it
+        return 2.0
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x):
+        return x * asked()
+
+    assert [compiled(torch.ones(())).item() for _ in range(3)] == [2.0] * 3
+    assert len(calls) == 1
+
+
+def test_the_import_brings_no_compiler():
+    """Which takes as long as torch itself."""
+    code = "import sys, torch; before = set(sys.modules); import kdkernels; "
+    code += "print('torch._dynamo' in set(sys.modules) - before)"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.stdout == "False\n", child.stderr
 
 
 @pytest.mark.skipif(not hasattr(native._C, "cuda_usable"), reason="built without CUDA")

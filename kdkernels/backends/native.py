@@ -10,7 +10,7 @@ import importlib.util
 import torch
 
 from .. import ops
-from . import bad_labels
+from . import bad_labels, marks
 
 try:
     from .. import _C
@@ -39,7 +39,7 @@ def unavailable(device_type):
     return _no_code_for(torch.cuda.current_device())
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into it
+@marks.constant  # torch.compile cannot look into it
 def _no_code_for(device):
     return _ask_for_code(device)
 

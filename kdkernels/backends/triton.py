@@ -17,7 +17,7 @@ import torch
 
 from .. import ops
 from ..objective import DIVERGENCES, Objective
-from . import bad_labels
+from . import bad_labels, marks
 
 DEVICE_TYPES = ("cuda", "xpu")
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -44,7 +44,7 @@ def _interpreting():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@marks.constant
 def _capability():
     return torch.cuda.get_device_capability()
 
