@@ -11,13 +11,14 @@ with it are reported, and the newest that is whole takes its place.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
+
+from ..files import to_disk
 
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -68,12 +69,12 @@ class Checkpoints:
         manifest["checksum"] = _checksum(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):
-            _to_disk(path)
+            to_disk(path)
         before = self.folder / f"{PARTIAL}before-{final.name}"
         if final.exists():  # a damaged one, or the same step of a run that was resumed before it
             final.rename(before)
         partial.rename(final)
-        _to_disk(self.folder)
+        to_disk(self.folder)
         self._sweep()
         # Of later steps there are damaged ones, or those of a run that was taken up before them:
         # to keep them would be to go on from them.
@@ -173,15 +174,6 @@ def _checksum(manifest):
 def _facts(path):
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _to_disk(path):
-    """A rename may reach the disk before what was written, and a power cut come between."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _pack(value, tensors):

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from ..functional import kd_loss
+from ..source_rows import detached, rows_of, to_device
 from . import batches, checks, engine, interrupt, randomness
 from .evaluation import evaluate
 from .hints import Recorder
 from .hints import check as check_hints
 from .history import History, Meter
-from .predictions import as_teacher, detached, inference, predict_with, rows_of, to_device
+from .predictions import as_teacher, inference, predict_with
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 

@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 
 from .. import __version__
+from ..files import atomic
 from . import report
-from .files import atomic
 
 WANTED = {"title": str, "comparison": list, "options": dict, "curves": list, "notes": list}
 CURVE = {"name": str, "steps": list, "values": list, "ylabel": str}

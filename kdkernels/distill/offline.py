@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import atomic
+from ..source_rows import logit_chunks
 from ..sources import TopK
 from . import batches, checks
-from .files import atomic, mapped_array
-from .predictions import inference, logit_chunks, predict_with
+from .arrays import mapped_array
+from .predictions import inference, predict_with
 
 TAILS = ("bucket", "renormalize")
 

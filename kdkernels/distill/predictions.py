@@ -2,16 +2,14 @@
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from ..backends import eager
-from ..sources import Ensemble, LinearHead, Sampled, TopK, tensors_of
+from ..source_rows import detached
+from ..sources import Ensemble, LinearHead, Sampled, TopK
 
 SOURCES = (LinearHead, TopK, Sampled, Ensemble)
-LOGITS = 2**24  # that exist at a time beside those that a model returns
 
 
 def predict_with(model, inputs):
@@ -32,75 +30,6 @@ def predict_with(model, inputs):
             f"{type(model).__name__} returns {type(output).__name__}"
         )
     return logits
-
-
-def detached(prediction):
-    """A prediction whose tensors, a head's weight too, require no gradient."""
-    if isinstance(prediction, Ensemble):
-        return replace(prediction, teachers=[detached(x) for x in prediction.teachers])
-    if isinstance(prediction, LinearHead):
-        tensors = {name: getattr(prediction, name) for name in ("hidden", "weight", "bias")}
-        return replace(
-            prediction, **{name: x if x is None else x.detach() for name, x in tensors.items()}
-        )
-    return prediction.detach() if isinstance(prediction, torch.Tensor) else prediction
-
-
-def to_device(prediction, device):
-    """Logits or a source, with all of its tensors there."""
-    if isinstance(prediction, torch.Tensor):
-        return prediction.to(device, non_blocking=True)
-    if isinstance(prediction, Ensemble):
-        return replace(prediction, teachers=[to_device(x, device) for x in prediction.teachers])
-    moved = {name[1:]: x.to(device, non_blocking=True) for name, x in tensors_of(prediction)}
-    return replace(prediction, **moved)
-
-
-def rows_of(prediction):
-    """How many rows a prediction has: the product of its leading dimensions."""
-    _, leading = tensors_of(prediction)[0]
-    return leading.shape[:-1].numel()
-
-
-def logit_chunks(prediction, columns=None, rows=None):
-    """The logits of a prediction's rows, a few at a time: those of a head never exist together.
-
-    Args:
-        prediction: logits or a `LinearHead`, of leading dimensions (...).
-        columns: classes, from the first on; None: all.
-        rows: (N,) int64, which of its rows, as they are flat; None: all, in order.
-
-    Yields:
-        (rows (n,), logits (n, columns) in at least float32).
-    """
-    if not isinstance(prediction, (torch.Tensor, LinearHead)):
-        raise TypeError(
-            f"a prediction must be logits or a LinearHead, got {type(prediction).__name__}"
-        )
-    if columns is None:
-        head = isinstance(prediction, LinearHead)
-        columns = len(prediction.weight) if head else prediction.shape[-1]
-    prediction = map_rows(prediction, flat)
-    if rows is None:
-        _, leading = tensors_of(prediction)[0]
-        rows = torch.arange(len(leading), device=leading.device)
-    for some in rows.split(max(1, LOGITS // columns)) if len(rows) else ():
-        yield some, eager.logits(map_rows(prediction, lambda x, some=some: x[some]), columns)
-
-
-def map_rows(source, function):
-    """A source with the function's result for each of its tensors (..., ·) that has rows."""
-    if isinstance(source, torch.Tensor):
-        return function(source)
-    if isinstance(source, Ensemble):
-        return replace(source, teachers=[map_rows(x, function) for x in source.teachers])
-    names = [name for name in ("hidden", "ids", "logprobs", "counts") if hasattr(source, name)]
-    return replace(source, **{name: function(getattr(source, name)) for name in names})
-
-
-def flat(x):
-    """(..., K) -> (N, K), a view where it can be."""
-    return x.flatten(0, -2)
 
 
 @contextlib.contextmanager

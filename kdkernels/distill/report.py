@@ -9,7 +9,7 @@ import contextlib
 from dataclasses import dataclass
 from math import isfinite, nan
 
-from .files import atomic
+from ..files import atomic
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 CHARACTERS, MARGIN = 11, 8  # of a legend: to an inch, and beside each text

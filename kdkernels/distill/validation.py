@@ -14,18 +14,10 @@ from ..functional import kd_loss
 from ..kept import keep
 from ..objective import make_objective
 from ..source_checks import check_sources
+from ..source_rows import detached, flat, logit_chunks, map_rows, to_device
 from ..sources import Ensemble, LinearHead, Sampled, TopK
 from . import batches, checks
-from .predictions import (
-    as_teacher,
-    detached,
-    flat,
-    inference,
-    logit_chunks,
-    map_rows,
-    predict_with,
-    to_device,
-)
+from .predictions import as_teacher, inference, predict_with
 
 IGNORED = -100
 BINS = 15

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from kdkernels import LinearHead, Sampled, TopK
-from kdkernels.distill import Scores, SeveralTeachers, predictions, validate, validation
+from kdkernels import LinearHead, Sampled, TopK, source_rows
+from kdkernels.distill import Scores, SeveralTeachers, validate, validation
 from kdkernels.distill.validation import calibration_error, compare, row, size_of
 
 N, L, H, V = 23, 5, 6, 9
@@ -111,7 +111,7 @@ def test_logits_of_every_dtype(dtype, shift):
 @pytest.mark.parametrize("logits_at_a_time", (1, 4 * V, 2**24))
 def test_a_head_is_its_logits(logits_at_a_time, monkeypatch):
     """With scale and soft cap, a few rows at a time."""
-    monkeypatch.setattr(predictions, "LOGITS", logits_at_a_time)
+    monkeypatch.setattr(source_rows, "LOGITS", logits_at_a_time)
     hidden, weight, bias = draw(N, L, H), draw(V + 2, H, seed=1), 5 * draw(V + 2, seed=2)
     model = Head(hidden, weight, bias=bias, logit_scale=-0.7, softcap=4.0)
     teacher = Head(draw(N, L, H, seed=5), weight)
@@ -133,7 +133,7 @@ def test_a_head_of_halves_is_the_logits_it_makes():
 
 def test_logits_of_a_head_never_exist_together(monkeypatch):
     rows, seen = 512, []
-    monkeypatch.setattr(predictions, "LOGITS", 16 * V)
+    monkeypatch.setattr(source_rows, "LOGITS", 16 * V)
     original = validation.eager.logits
     monkeypatch.setattr(
         validation.eager, "logits", lambda *x: seen.append(original(*x)) or seen[-1]

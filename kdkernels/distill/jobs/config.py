@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import atomic
+from ...files import atomic
 
 DATA, LOSS, TRAINING, RUN = "models and data", "loss", "training", "run"
 

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from ... import __version__
+from ...files import atomic, check_writable
 from ...modules import KDLoss
 from ...sources import TopK
 from .. import batches, checks, engine, report
 from ..checkpoints import Checkpoints
 from ..distiller import Distiller, TrainingError
-from ..files import atomic, check_writable
 from ..hints import AttentionTransfer, FeatureHint, module_of
 from ..logs import CsvLog, TensorBoardLog
 from ..offline import most_probable, open_predictions, write_predictions

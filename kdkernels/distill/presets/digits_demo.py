@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from ...backends import registry
+from ...files import atomic, check_writable
 from ...modules import KDLoss
 from .. import checks, report
+from ..arrays import load_logits, save_logits
 from ..evaluation import evaluate, predict
-from ..files import atomic, check_writable, load_logits, save_logits
 from . import digits
 
 # The comparison that is reported in one line: fixed beforehand, because the best temperature of a

@@ -13,11 +13,11 @@ import torch
 
 from ... import __version__
 from ...backends import registry
+from ...files import atomic
 from ...modules import KDLoss
 from .. import checks, report, validation
 from ..distiller import Distiller
 from ..evaluation import evaluate, predict
-from ..files import atomic
 from ..sweep import grid, search
 from . import digits
 

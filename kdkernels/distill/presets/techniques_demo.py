@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ...backends import registry
+from ...files import atomic
 from .. import checks, report
-from ..files import atomic
 from . import digits
 from .study import TEMPERATURE, Study, errors_of
 from .techniques import TECHNIQUES

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from ...backends import registry
+from ...files import atomic
 from ...modules import KDLoss
 from ...sources import LinearHead
 from .. import checks, report
 from ..batches import steps_per_epoch
-from ..files import atomic
 from ..offline import open_predictions, write_predictions
 from ..validation import compare
 from . import text

@@ -1,45 +1,11 @@
-"""Files of the loop: a teacher's logits as NumPy arrays (never pickled), written atomically."""
+"""A teacher's logits as NumPy arrays: never pickled, written atomically."""
 
-import contextlib
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 
-
-@contextlib.contextmanager
-def atomic(path):
-    """A binary file to write; it becomes `path` at the end, or not at all after an error.
-
-    Makes the directory when it is missing. A reader sees the old file or the whole new one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        # mkstemp makes a file that only its owner reads; a result is an ordinary file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def check_writable(path):
-    """Raises OSError where `atomic` will, before the work whose result it is to hold."""
-    with contextlib.suppress(_Unwritten), atomic(path):
-        raise _Unwritten
-
-
-class _Unwritten(Exception):
-    pass
+from ..files import atomic
 
 
 def save_logits(path, logits):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdkernels.distill.files import atomic, check_writable, load_logits, save_logits
+from kdkernels.distill.arrays import load_logits, save_logits
 
 SHAPE = (4, 3)
 LOGITS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -90,21 +90,3 @@ def test_a_wrong_file_is_refused(tmp_path, kind):
     (tmp_path / "t.npy").write_bytes(contents)
     with pytest.raises(ValueError, match=f"teacher_logits {message}"):
         load_logits(tmp_path / "t.npy", SHAPE)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "results"
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), atomic(path) as file:
-        file.write(b"new")
-        raise RuntimeError
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["results"]
-
-
-def test_what_cannot_be_written_is_known_before(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OSError):
-        check_writable(tmp_path / "file" / "t.npy")
-    check_writable(tmp_path / "new" / "t.npy")
-    assert os.listdir(tmp_path / "new") == []

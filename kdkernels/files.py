@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all, whatever happens to the process or the machine."""
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file to write; it becomes `path` at the end, or not at all after an error.
+
+    Makes the directory when it is missing. A reader sees the old file or the whole new one, and so
+    does whoever comes after a power cut. A file that is replaced passes on its mode.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=PARTIAL)
+    os.close(handle)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.chmod(partial, _mode(path))
+        to_disk(partial)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    to_disk(path.parent)
+
+
+def sweep(path):
+    """Deletes what processes that were killed while they wrote `path` left of it."""
+    path = Path(path)
+    for partial in path.parent.glob(f"{path.name}*{PARTIAL}"):
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(path):
+    """Raises OSError where `atomic` will, before the work whose result it is to hold."""
+    with contextlib.suppress(_Unwritten), atomic(path):
+        raise _Unwritten
+
+
+def to_disk(path):
+    """A file or a directory, synchronised.
+
+    A rename may reach the disk before what was written, and a power cut come between.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _mode(path):
+    """That of the file, or what an ordinary new one has: `mkstemp` makes one for its owner only."""
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(path.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+class _Unwritten(Exception):
+    pass
