@@ -3,7 +3,7 @@
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-versions mutants lint bench pages kernel-report gpu-check clean
+.PHONY: demo test test-versions cache-campaign mutants lint bench pages kernel-report gpu-check clean
 
 PYTHON ?= python3
 OUT ?= benchmarks/results
@@ -29,6 +29,11 @@ test-versions: $(VERSIONS:%=test-%)
 
 $(VERSIONS:%=test-%): test-%: $(VENV)/kdkernels.stamp $(VENV)-%/tools.stamp
 	PYTHONPATH=. $(VENV)-$*/bin/python -m pytest $(PARALLEL)
+
+# Caches whose writers are killed, whose bits flip, whose files are cut: ten minutes; more with
+# atheris, a fuzzer, where it is installed.
+cache-campaign: $(VENV)/kdkernels.stamp
+	$(VENV)/bin/python tests/cache/campaign.py
 
 # Do the tests notice mistakes in the CUDA kernels? No GPU needed; most of an hour.
 mutants: $(VENV)/kdkernels.stamp
@@ -90,7 +95,7 @@ $(VERSIONS:%=$(VENV)-%/tools.stamp): $(VENV)-%/tools.stamp: Makefile constraints
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(VENV)-$*/constraints.txt $($*) \
 		matplotlib rich jinja2 pillow accelerate transformers safetensors pyyaml mistral-common \
-		tensorboard scipy optuna peft \
+		tensorboard scipy optuna peft zstandard \
 		'setuptools>=77' cmake ninja pybind11 pytest pytest-xdist hypothesis mpmath
 	@touch $@
 

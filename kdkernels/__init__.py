@@ -6,4 +6,15 @@ from .sources import Ensemble, LinearHead, Sampled, TopK
 
 __version__ = "0.1.0"
 
-__all__ = ["Ensemble", "KDLoss", "KDTerms", "LinearHead", "Sampled", "TopK", "kd_loss"]
+from . import cache  # noqa: E402 - its files name the version
+
+__all__ = [
+    "Ensemble",
+    "KDLoss",
+    "KDTerms",
+    "LinearHead",
+    "Sampled",
+    "TopK",
+    "cache",
+    "kd_loss",
+]

@@ -6,6 +6,8 @@ import stat
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 PARTIAL = ".partial"
 
 
@@ -55,6 +57,26 @@ def to_disk(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def mapped_array(name, path):
+    """The array of a .npy file, mapped; name: what it is called in errors.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no .npy file, or a pickled one.
+    """
+    # Mapped, so that a header which claims more than there is allocates nothing; NumPy parses a
+    # damaged one with Python's own parser, and passes on whatever that or the dtype's finds.
+    try:
+        array = np.lib.format.open_memmap(path, mode="c")  # writable, which torch wants, in private
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} must be a .npy file, got {path}: {error}") from error
+    if array.offset + array.nbytes != os.path.getsize(path):
+        raise ValueError(f"{name} must be a .npy file, got {path} with more after the array")
+    return array
 
 
 def _mode(path):

@@ -1,11 +1,9 @@
 """A teacher's logits as NumPy arrays: never pickled, written atomically."""
 
-import os
-
 import numpy as np
 import torch
 
-from ..files import atomic
+from ..files import atomic, mapped_array
 
 
 def save_logits(path, logits):
@@ -16,26 +14,6 @@ def save_logits(path, logits):
     """
     with atomic(path) as file:
         np.save(file, logits.detach().cpu().numpy(), allow_pickle=False)
-
-
-def mapped_array(name, path):
-    """The array of a .npy file, mapped; name: what it is called in errors.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: no .npy file, or a pickled one.
-    """
-    # Mapped, so that a header which claims more than there is allocates nothing; NumPy parses a
-    # damaged one with Python's own parser, and passes on whatever that or the dtype's finds.
-    try:
-        array = np.lib.format.open_memmap(path, mode="c")  # writable, which torch wants, in private
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{name} must be a .npy file, got {path}: {error}") from error
-    if array.offset + array.nbytes != os.path.getsize(path):
-        raise ValueError(f"{name} must be a .npy file, got {path} with more after the array")
-    return array
 
 
 def load_logits(path, shape):

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import atomic
+from ..files import atomic, mapped_array
 from ..source_rows import logit_chunks
 from ..sources import TopK
 from . import batches, checks
-from .arrays import mapped_array
 from .predictions import inference, predict_with
 
 TAILS = ("bucket", "renormalize")

@@ -1,0 +1,153 @@
+"""The manifest: what a cache is and which files it is made of. It is published last, and what it
+does not name is not there."""
+
+import hashlib
+import re
+from typing import NamedTuple
+
+from .. import files as storage
+from . import kinds, samples
+from .errors import CacheCorruptError, CacheError, CacheMismatchError, Malformed
+from .shard import LARGEST_JSON, canonical, opened, parsed
+
+FILE = "manifest.json"
+HEAD = "head.safetensors"
+SHARD = re.compile(r"shard-[0-9]{5,9}\.kdc")
+FORMAT = 1
+DESCRIBED = (
+    *("format", "kind", "vocab_size", "sample", "temperature", "teacher", "tokenizer", "data"),
+    *("seed", "library"),
+)
+SHARD_FACTS = {"name": str, "bytes": int, "samples": int, "rows": int, "root": str}
+FILE_FACTS = {"name": str, "bytes": int, "sha256": str}
+
+
+class Manifest(NamedTuple):
+    """description: dict; shards: [{"name", "bytes", "samples", "rows", "root"}]; files: [{"name",
+    "bytes", "sha256"}]; checksum: hex, of all of it."""
+
+    description: dict
+    shards: list
+    files: list
+    checksum: str
+
+
+def describe(kind, *, sample="tokens", teacher, tokenizer=None, data=None, seed=0, library):
+    """What a cache is: which predictions, of whom, for what."""
+    return {
+        "format": FORMAT,
+        "kind": kind.describe(),
+        "vocab_size": kind.vocab_size,
+        "sample": sample,
+        "temperature": 1.0,
+        "teacher": teacher,
+        "tokenizer": tokenizer,
+        "data": data,
+        "seed": seed,
+        "library": library,
+    }
+
+
+def publish(folder, description, shards, files):
+    """Writes the manifest: from then on the cache exists."""
+    facts = {"description": description, "shards": shards, "files": files}
+    content = canonical({**facts, "checksum": _checksum(facts)})
+    if len(content) > LARGEST_JSON:
+        raise CacheError(f"a manifest must fit into {LARGEST_JSON} bytes, got {len(content)}")
+    with storage.atomic(folder / FILE) as file:
+        file.write(content)
+
+
+def load(folder):
+    """The manifest of a directory.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        CacheError: there is no manifest, or one of another format.
+        CacheCorruptError: it is damaged.
+    """
+    path = folder / FILE
+    if not folder.is_dir():
+        raise FileNotFoundError(f"a cache must be a directory, {folder} is none")
+    if not path.exists():
+        raise CacheError(
+            f"{folder} has no {FILE}: it is no cache, or one whose writing was interrupted; "
+            "write it again, and it goes on where it was"
+        )
+    with open(opened(path), "rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    try:
+        facts = parsed(content)
+        checksum = facts.pop("checksum")
+        if checksum != _checksum(facts):
+            raise Malformed("not what was written")
+        found = Manifest(facts["description"], facts["shards"], facts["files"], checksum)
+        _check(found)
+    except (Malformed, TypeError, LookupError, AttributeError) as error:
+        raise CacheCorruptError.at(path, "file", 0, len(content), error) from error
+    return found
+
+
+def kind_of(description):
+    """-> its `Kind`"""
+    return kinds.of(description["kind"], description["vocab_size"])
+
+
+def salt(description):
+    """What keys begin with: the teacher's identity."""
+    return hashlib.sha256(canonical(description["teacher"])).digest()
+
+
+def check_same(path, found, wanted):
+    """found: a description; wanted: the part of it that matters.
+
+    Raises:
+        CacheMismatchError: they differ; the text says in what.
+    """
+    wrong = list(_differences("", found, wanted))
+    if wrong:
+        raise CacheMismatchError(f"{path} is not the cache that is wanted: {'; '.join(wrong)}")
+
+
+def _differences(name, found, wanted):
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key, value in wanted.items():
+            yield from _differences(f"{name}.{key}".lstrip("."), found.get(key), value)
+    elif found != wanted:
+        yield f"{name} is {found!r:.100}, wanted {wanted!r:.100}"
+
+
+def _check(manifest):
+    description = manifest.description
+    if type(description["format"]) is not int or description["format"] != FORMAT:
+        raise CacheError(f"a cache must be of format {FORMAT}, got {description['format']!r:.100}")
+    for fact in DESCRIBED:
+        if fact not in description:
+            raise Malformed(f"its description does not say its {fact}")
+    if description["temperature"] != 1:
+        raise Malformed(f"temperature must be 1, got {description['temperature']!r:.100}")
+    kind = kind_of(description)
+    samples.kind_of(description["sample"])
+    _check_files("shards", manifest.shards, SHARD_FACTS)
+    _check_files("files", manifest.files, FILE_FACTS)
+    for facts in manifest.shards:
+        if not SHARD.fullmatch(facts["name"]):
+            raise Malformed(f"no shard is called {facts['name']!r:.100}")
+    names = [facts["name"] for facts in manifest.shards]
+    if len(set(names)) != len(names):
+        raise Malformed("a shard twice")
+    heads = [HEAD] if kind.name == "hidden" else []
+    if [facts["name"] for facts in manifest.files] != heads:
+        raise Malformed(f"files must be {heads}")
+
+
+def _check_files(name, files, wanted):
+    if type(files) is not list:
+        raise Malformed(f"{name} must be a list")
+    for facts in files:
+        if {each: type(value) for each, value in facts.items()} != wanted:
+            raise Malformed(f"{name} must say {', '.join(wanted)}, got {facts!r:.200}")
+
+
+def _checksum(facts):
+    return hashlib.sha256(canonical(facts)).hexdigest()

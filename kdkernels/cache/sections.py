@@ -1,0 +1,149 @@
+"""A block: what is stored of one sample, in sections.
+
+A column of numbers is split into byte planes, all their lowest bytes first, each plane a section:
+the low bytes of ids and log-probabilities are noise, the high ones nearly constant, and apart from
+each other they pack well. A section is a frame of zstd, or its bytes as they are where that is not
+smaller, or nothing where all of them are 0.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import Malformed
+
+COMPRESSED = 1 << 31  # in a section's size
+LEVEL = 1  # zstd's: what is left to gain is entropy, not repetition
+# Of a block's bytes as they are, to those stored: more is not written and not believed, so that no
+# file makes a reader take memory out of proportion.
+LARGEST_RATIO, RATIO_FREE = 1024, 1 << 20
+GRID_FREE = 1 << 24  # the same of a block's rows times the entries of its widest, to all entries
+
+
+class Column(NamedTuple):
+    """Numbers of a sample.
+
+    dtype: little-endian.
+    width: bytes of a number that are stored, the lowest: a section of each.
+    per: "row" or "entry", of which a row has as many as the column "counts" says.
+    times: numbers for each of them.
+    """
+
+    name: str
+    dtype: str
+    width: int
+    per: str = "row"
+    times: int = 1
+
+
+def pack(columns, arrays):
+    """arrays: {name: (n,) of the column's dtype, or of more dimensions} -> a block.
+
+    Raises:
+        Malformed: `unpack` would not take it.
+    """
+    import zstandard
+
+    if "counts" in arrays:
+        _entries(arrays["counts"])
+    compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
+    sections = [section for column in columns for section in _split(column, arrays[column.name])]
+    packed = [_smallest(section, compressor) for section in sections]
+    total = sum(map(len, sections))
+    if total > RATIO_FREE + LARGEST_RATIO * sum(len(content) for _, content in packed):
+        packed = [(len(section), section) for section in sections]
+    sizes = np.array([size for size, _ in packed], "<u4")
+    return b"".join([sizes.tobytes(), *(content for _, content in packed)])
+
+
+class Decompressor:
+    """Frames of zstd, for one thread."""
+
+    def __init__(self):
+        import zstandard
+
+        self.error = zstandard.ZstdError
+        self.size_of = zstandard.frame_content_size
+        self.restore = zstandard.ZstdDecompressor().decompress
+
+    def __call__(self, frame, wanted):
+        """A frame -> that many bytes."""
+        try:
+            # Asked first: a frame may claim any size, and decompressing would allocate it.
+            if self.size_of(frame) != wanted:
+                raise Malformed(f"a section of {self.size_of(frame)} bytes, {wanted} are wanted")
+            return self.restore(frame, allow_extra_data=False)
+        except self.error as error:
+            raise Malformed(f"zstd: {error}") from error
+
+
+def unpack(columns, block, rows, decompressor):
+    """A block of that many rows -> [bytes of every section].
+
+    Raises:
+        Malformed: it is not what `pack` makes of these columns.
+    """
+    count = sum(column.width for column in columns)
+    if len(block) < 4 * count:
+        raise Malformed(f"{len(block)} bytes, less than the sizes of {count} sections")
+    sizes = np.frombuffer(block, "<u4", count).tolist()
+    place, left = 4 * count, RATIO_FREE + LARGEST_RATIO * len(block)
+    entries, found = 0, []
+    for column in columns:
+        wanted = column.times * (rows if column.per == "row" else entries)
+        left -= wanted * column.width
+        if left < 0:
+            raise Malformed("more than its bytes can hold")
+        for size in sizes[len(found) : len(found) + column.width]:
+            stored = size & ~COMPRESSED
+            content = block[place : place + stored]
+            if size != stored:
+                content = decompressor(content, wanted)
+            elif not stored:
+                content = bytes(wanted)
+            if len(content) != wanted:
+                raise Malformed(f"a section of {len(content)} bytes, {wanted} are wanted")
+            found.append(content)
+            place += stored
+        if column.name == "counts":
+            entries = _entries(number(column, found[-column.width :]))
+    if place != len(block):
+        raise Malformed(f"sections of {place} bytes in a block of {len(block)}")
+    return found
+
+
+def number(column, planes):
+    """Byte planes of a column -> (n,) of its dtype."""
+    dtype = np.dtype(column.dtype)
+    bits = np.frombuffer(planes[0], np.uint8).astype(f"<u{dtype.itemsize}")
+    for k, plane in enumerate(planes[1:], 1):
+        plane = np.frombuffer(plane, np.uint8)
+        if plane.any():
+            higher = plane.astype(bits.dtype)
+            higher <<= 8 * k
+            bits |= higher
+    return bits.view(dtype)
+
+
+def _entries(counts):
+    """Of rows (n,) -> all of them; they are read as a grid (n, widest)."""
+    rows, widest, entries = len(counts), counts.max(initial=0), int(counts.sum(dtype=np.int64))
+    if rows * int(widest) > GRID_FREE + LARGEST_RATIO * entries:
+        raise Malformed(f"{rows} rows of up to {widest} entries, {entries} in all")
+    return entries
+
+
+def _split(column, array):
+    array = np.ascontiguousarray(array, column.dtype).reshape(-1)
+    planes = array.view(np.uint8).reshape(-1, array.itemsize)
+    return [planes[:, k].tobytes() for k in range(column.width)]
+
+
+def _smallest(section, compressor):
+    """-> (its size with a flag, its content)"""
+    if section.count(0) == len(section):
+        return 0, b""
+    packed = compressor.compress(section)
+    if len(packed) < len(section):
+        return len(packed) | COMPRESSED, packed
+    return len(section), section
