@@ -1,7 +1,7 @@
-"""The command line: `python -m kdkernels distill`, `sweep`, `report`, `bench` and `info`.
+"""The command line: `python -m kdkernels distill`, `cache`, `sweep`, `report`, `bench`, `info`.
 
-Exit codes: 0 done, 1 what `bench` found wrong or a training that failed, 2 a wrong argument or file
-(one line on stderr says which), 130 interrupted.
+Exit codes: 0 done, 1 what `bench` or `cache verify` found wrong or a training that failed, 2 a
+wrong argument or file (one line on stderr says which), 130 interrupted.
 """
 
 import argparse
@@ -12,9 +12,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import info
+from . import cache, files, info
+from .cache import identity
 from .distill import CheckpointError, TrainingError
-from .distill.jobs import Config, config
+from .distill.jobs import CacheConfig, Config, caches, config, models
 from .distill.presets import digits
 
 WRONG = TypeError, ValueError, RuntimeError, OSError, ImportError
@@ -48,8 +49,55 @@ run.yaml has a line for each option, as in the config.yaml that every run leaves
   epochs: 3
   hints: [{student: model.layers.3, teacher: model.layers.7, weight: 0.1}]
 
-The teacher's most probable classes can be written first, once, and read as often as you like:
-  ... --teacher-predictions top.safetensors --write-teacher-predictions --topk 64
+A language model's predictions can be written first, once, and read as often as you like:
+  python -m kdkernels cache build --teacher DIR --data DIR --out runs/cache
+  python -m kdkernels distill --teacher-cache runs/cache --student DIR --data DIR
+"""
+CACHE = """
+A teacher's predictions on disk: a language model is asked once, and students learn from the files
+as often as you like, in any order and batch size. What belongs to an example is found by its token
+ids, and nothing damaged is read.
+"""
+BUILD = """
+Asks a language model for its predictions for the training examples that `distill` will have with
+the same --data, --test, --test-share, --length and --seed. Interrupted (Ctrl-C) or killed, the same
+command goes on where it was, and ends with the same files.
+"""
+BUILD_EXAMPLES = """
+examples:
+  python -m kdkernels cache build --teacher DIR --data DIR           the 64 most probable tokens
+  python -m kdkernels cache build --teacher DIR --data DIR --kind sampled:50    smaller, unbiased
+  python -m kdkernels cache build --teacher DIR --data DIR --kind hidden:bf16   all, by its head
+  torchrun --nproc-per-node 8 -m kdkernels cache build --teacher DIR --data DIR  on eight GPUs
+
+and afterwards, as often as you like, without the teacher:
+  python -m kdkernels distill --teacher-cache runs/cache --student DIR --data DIR
+"""
+VERIFY_EXAMPLES = """
+Reads everything and compares it with its checksums. Prints a line for each damage; the exit code is
+0 where there is none, 1 where there is some.
+
+example:
+  python -m kdkernels cache verify runs/cache
+"""
+IMPORT = """
+Predictions that another program made: a server's log-probabilities, a line of JSON for each sample,
+as vLLM writes them or with "token_ids", "ids" and "logprobs"; or NumPy's array of logits.
+"""
+IMPORT_EXAMPLES = """
+examples:
+  python -m kdkernels cache import served.jsonl --teacher NAME --vocab-size 151936
+  python -m kdkernels cache import logits.npy --inputs ids.npy --teacher NAME --kind topk:64
+
+ids.npy has token ids (N, L) for logits (N, L, V), or any array (N, ...) for logits (N, V).
+"""
+EXPORT_EXAMPLES = """
+example:
+  python -m kdkernels cache export runs/cache logits.npy --inputs ids.npy
+"""
+INFO_EXAMPLES = """
+example:
+  python -m kdkernels cache info runs/cache
 """
 SWEEP_EXAMPLES = """
 examples:
@@ -77,6 +125,7 @@ def main(argv=None):
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_distill(commands)
+    _add_cache(commands)
     _add_sweep(commands)
     report = _add(commands, "report", "write report.html of a run again", REPORT_EXAMPLES)
     report.add_argument("folder", metavar="DIR", help="what --out was: it has a results.json")
@@ -156,6 +205,51 @@ def _add_distill(commands):
     distill.set_defaults(run=_distill)
 
 
+def _add_cache(commands):
+    both = _add(
+        commands,
+        "cache",
+        "a teacher's predictions on disk: build, verify, info, import, export",
+        "",
+        CACHE,
+    )
+    actions = both.add_subparsers(
+        prog="python -m kdkernels cache", dest="command", required=True, metavar="ACTION"
+    )
+    build = _add(actions, "build", "write what a teacher predicts", BUILD_EXAMPLES, BUILD)
+    config.add_arguments(build, CacheConfig, prefix="")
+    build.set_defaults(run=_build, command="cache build")
+    for name, text, examples, run in (
+        ("verify", "look for damage", VERIFY_EXAMPLES, _verify),
+        ("info", "print what a cache holds, and of whom", INFO_EXAMPLES, _describe),
+    ):
+        action = _add(actions, name, text, examples)
+        action.add_argument("folder", metavar="DIR", help="of the cache")
+        action.set_defaults(run=run, command=f"cache {name}")
+    _add_exchange(actions)
+
+
+def _add_exchange(actions):
+    come = _add(actions, "import", "predictions of other programs", IMPORT_EXAMPLES, IMPORT)
+    come.add_argument("file", metavar="FILE", help=".jsonl or .npy")
+    come.add_argument("--teacher", metavar="NAME", required=True, help="what it is called")
+    come.add_argument(
+        "--kind", help="as in `cache build`; default: topk:64 of lines, dense:fp32 of logits"
+    )
+    come.add_argument("--vocab-size", metavar="N", type=int, help="of lines: the teacher's tokens")
+    come.add_argument("--inputs", metavar="IDS.npy", help="of logits: what they are of")
+    come.add_argument("--tokenizer", metavar="DIR", help="of whose tokens the ids are")
+    come.add_argument("--out", metavar="DIR", default="runs/cache", help="default: runs/cache")
+    come.set_defaults(run=_import, command="cache import")
+    go = _add(actions, "export", "a cache's logits as a .npy file", EXPORT_EXAMPLES)
+    go.add_argument("folder", metavar="DIR", help="of a cache of kind dense")
+    go.add_argument("file", metavar="FILE.npy", help="to write")
+    go.add_argument(
+        "--inputs", metavar="IDS.npy", required=True, help="of which, in this order: ids (N, L)"
+    )
+    go.set_defaults(run=_export, command="cache export")
+
+
 def _add_sweep(commands):
     sweep = _add(
         commands,
@@ -211,26 +305,95 @@ def _distill(arguments):
 
 
 def _has_checkpoints(arguments):
-    return any(name in arguments for name in ("student", "teacher", "data", "config"))
+    return any(
+        name in arguments for name in ("student", "teacher", "teacher_cache", "data", "config")
+    )
 
 
 def _sweep(arguments):
     return _run(arguments, lambda given: _demo("the sweep", "sweep_demo", "runs/sweep", given))
 
 
+def _build(arguments):
+    from .distill.jobs import CacheJob
+
+    _quiet()
+    try:
+        CacheJob(CacheConfig.of(_given(arguments))).run()
+    except WRONG as error:
+        return _wrong(arguments.command, error)
+    return 0
+
+
+def _verify(arguments):
+    try:
+        damages = cache.verify(arguments.folder)
+    except cache.CacheCorruptError as error:  # of the manifest, without which nothing is known
+        damages = [error]
+    except WRONG as error:
+        return _wrong(arguments.command, error)
+    for error in damages:
+        print(error)
+    if not damages:
+        print(f"{arguments.folder} is whole")
+    return 1 if damages else 0
+
+
+def _import(arguments):
+    given = _given(arguments)
+    file, out, inputs = given.pop("file"), given.pop("out"), given.pop("inputs", None)
+    lines = not file.endswith(".npy")
+    try:
+        if lines != (inputs is None):
+            raise ValueError("--inputs goes with logits, a .npy file, which needs them")
+        if lines and "vocab_size" not in given:
+            raise ValueError("--vocab-size must be given for lines")
+        if "tokenizer" in given:
+            tokenizer = models.tokenizer_of("tokenizer", given["tokenizer"])
+            given["tokenizer"] = identity.of_tokenizer(tokenizer)
+        if lines:
+            cache.import_jsonl(out, file, **{"kind": "topk:64", **given})
+        else:
+            cache.import_npy(out, file, files.mapped_array("inputs", inputs), **given)
+        found = cache.open(out)
+    except (*WRONG, IndexError) as error:
+        return _wrong(arguments.command, error)
+    each = f"{found.bytes / max(1, found.tokens):,.1f} bytes each"
+    print(f"{found.tokens:,} predictions of {len(found):,} samples, {each}: {out}")
+    return 0
+
+
+def _export(arguments):
+    try:
+        inputs = files.mapped_array("inputs", arguments.inputs)
+        cache.export_npy(arguments.file, cache.open(arguments.folder), inputs)
+    except WRONG as error:
+        return _wrong(arguments.command, error)
+    return 0
+
+
+def _describe(arguments):
+    try:
+        found = cache.open(arguments.folder)
+    except WRONG as error:
+        return _wrong(arguments.command, error)
+    for name, text in caches.facts_of(found):
+        print(f"{name:<18}{text}")
+    return 0
+
+
 def _run(arguments, make):
     """make: options that were given by name -> what has a `run`, everything checked."""
     command = arguments.command
-    given = {k: x for k, x in vars(arguments).items() if k not in ("command", "run")}
     try:
-        job = make(given)
+        job = make(_given(arguments))
     except WRONG as error:
         return _wrong(command, error)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_warn, command)
             results = job.run()
-    except CheckpointError as error:
+    except (CheckpointError, cache.CacheError) as error:
         return _wrong(command, error)
     except TrainingError as error:
         return _wrong(command, error, code=1)
@@ -241,6 +404,19 @@ def _run(arguments, make):
     return 0
 
 
+def _given(arguments):
+    """The options of a command, by name."""
+    return {k: x for k, x in vars(arguments).items() if k not in ("command", "run")}
+
+
+def _quiet():
+    """No bars of `transformers`, unless somebody is looking."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
 def _job(given):
     from .distill.jobs import Job
 
@@ -248,10 +424,7 @@ def _job(given):
         raise ValueError("--preset goes without --student and --config")
     in_file = config.read(given.pop("config")) if "config" in given else {}
     _check_options("checkpoints", given, [each.name for each in config.fields()])
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+    _quiet()
     return Job(Config.of({**in_file, **given}))
 
 

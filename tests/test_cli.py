@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from kdkernels import cli
+from kdkernels import cache, cli
 
 pytest.importorskip("matplotlib", reason="the extra `train` is not installed")
 pytest.importorskip("rich", reason="the extra `train` is not installed")
@@ -80,14 +80,69 @@ def test_a_wrong_argument_is_one_line_and_code_2(tmp_path, capsys, arguments, me
     ("arguments", "message"),
     [
         (["distill", "--alpha", "0.5"], "--alpha is no option of the preset digits: --out --sizes"),
-        (["distill", "--topk", "3"], "--topk is no option of the preset digits"),
+        (["distill", "--length", "3"], "--length is no option of the preset digits"),
         (["distill", "--data", "texts"], "student must be given"),
         (["distill", "--teacher", "large"], "student must be given"),
+        (["distill", "--teacher-cache", "c"], "student must be given"),
         (["distill", "--config", "/nowhere.yaml"], "No such file or directory"),
     ],
 )
 def test_options_and_files_that_are_none(capsys, arguments, message):
     assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_predictions_of_other_programs(tmp_path, capsys):
+    pytest.importorskip("zstandard", reason="the extra `cache` is not installed")
+    lines, out = tmp_path / "served.jsonl", tmp_path / "served"
+    sample = {"token_ids": [5, 2], "ids": [[1, 7], [3]], "logprobs": [[-0.5, -2.0], [-0.25]]}
+    lines.write_text(json.dumps(sample))
+    come = ["cache", "import", str(lines), "--teacher", "served", "--out"]
+    assert cli.main([*come, str(out), "--kind", "topk:2", "--vocab-size", "9"]) == 0
+    assert capsys.readouterr().out.startswith("2 predictions of 1 samples, ")
+    stored = cache.open(out)
+    assert stored[[5, 2]].ids.tolist() == [[1, 7], [3, -1]]
+    assert (stored.description["teacher"]["name"], stored.description["vocab_size"]) == (
+        "served",
+        9,
+    )
+
+    logits, ids = (
+        np.random.default_rng(0).normal(size=(3, 2, 9)).astype(np.float32),
+        tmp_path / "i.npy",
+    )
+    np.save(tmp_path / "logits.npy", logits)
+    np.save(ids, np.array([[1, 2], [3, 4], [5, 6]]))
+    come[2] = str(tmp_path / "logits.npy")
+    assert cli.main([*come, str(tmp_path / "all"), "--inputs", str(ids)]) == 0
+    np.save(ids, np.array([[5, 6], [1, 2]]))
+    go = ["cache", "export", str(tmp_path / "all"), str(tmp_path / "back.npy"), "--inputs"]
+    assert cli.main([*go, str(ids)]) == 0
+    assert np.array_equal(np.load(tmp_path / "back.npy"), logits[[2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "x.jsonl", "--teacher", "t"], "--vocab-size must be given for lines"),
+        (["import", "x.npy", "--teacher", "t"], "--inputs goes with logits, a .npy file"),
+        (["import", "x.jsonl", "--inputs", "i.npy", "--teacher", "t"], "--inputs goes with logits"),
+        (["import", "x.jsonl", "--vocab-size", "99", "--teacher", "t"], "No such file"),
+        (["import", "wrong.jsonl", "--vocab-size", "99", "--teacher", "t"], "wrong.jsonl, line 1"),
+        (["import", "far.jsonl", "--vocab-size", "99", "--teacher", "t"], "far.jsonl, line 1"),
+        (["import", "x.jsonl", "--teacher", "t", "--tokenizer", "n"], "tokenizer must have a"),
+        (["export", "none", "x.npy", "--inputs", "none.npy"], "none.npy"),
+    ],
+)
+def test_wrong_exchange_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    pytest.importorskip("zstandard", reason="the extra `cache` is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.jsonl").write_text("[]")
+    (tmp_path / "far.jsonl").write_text('{"token_ids": [1], "ids": [[777]], "logprobs": [[0]]}')
+    if "--tokenizer" in arguments:
+        arguments = [*arguments, "--vocab-size", "9"]
+    assert cli.main(["cache", *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
 
@@ -125,6 +180,16 @@ def test_help_teaches_by_examples(capsys, command):
     assert f"python -m kdkernels {command} " in capsys.readouterr().out.partition("example")[2]
 
 
+@pytest.mark.parametrize("action", ["build", "verify", "info", "import", "export"])
+def test_help_of_an_action_of_the_cache(capsys, action):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["cache", action, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: python -m kdkernels cache {action} ")
+    assert f"python -m kdkernels cache {action} " in printed.partition("example")[2]
+
+
 def test_presets_are_imported_when_they_run():
     program = "import sys; from kdkernels import cli; cli.main(['info'])\n"
     program += "print(*sys.modules, file=sys.stderr)"
@@ -138,7 +203,10 @@ def test_presets_are_imported_when_they_run():
     assert "kdkernels.distill.presets.digits_demo" not in loaded
 
 
-@pytest.mark.parametrize("arguments", [[], ["teach"], ["distill", "--preset", "faces"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["teach"], ["distill", "--preset", "faces"], ["cache"], ["cache", "burn"]],
+)
 def test_an_unknown_command_or_preset_is_code_2(arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

@@ -13,8 +13,9 @@ SHARED = {"tiny.py", "small.py"}  # by the examples, and none themselves
 # What the extra `train` brings, where an example needs it.
 NEEDS = {
     "checkpoint_and_resume.py": "safetensors",
-    "distill_offline_teacher.py": "safetensors",
+    "distill_offline_teacher.py": "zstandard",
     "distill_specialists.py": "scipy",
+    "teacher_topk_file.py": "zstandard",
 }
 EXAMPLES = sorted({path.name for path in ROOT.glob("examples/*.py")} - SHARED)
 

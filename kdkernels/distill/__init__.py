@@ -1,16 +1,18 @@
 """The loop on top of the loss: a teacher, a student and data go in, a trained student comes out."""
 
+from .capture import write_cache
 from .checkpoints import CheckpointError, Checkpoints
 from .distiller import Distiller, TrainingError
 from .evaluation import Evaluation, evaluate, predict
 from .hints import AttentionTransfer, FeatureHint
 from .history import History
 from .offline import open_predictions, write_predictions
-from .predictions import SeveralTeachers
+from .predictions import CachedTeacher, SeveralTeachers
 from .validation import Scores, validate
 
 __all__ = [
     "AttentionTransfer",
+    "CachedTeacher",
     "CheckpointError",
     "Checkpoints",
     "Distiller",
@@ -24,5 +26,6 @@ __all__ = [
     "open_predictions",
     "predict",
     "validate",
+    "write_cache",
     "write_predictions",
 ]

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from ..cache import TeacherCache
 from ..modules import KDLoss
 from .batches import Streamed
-from .predictions import SeveralTeachers
+from .predictions import SeveralTeachers, found_by
 
 
 def instance(name, value, kind, wanted):
@@ -75,8 +76,11 @@ def data(inputs, labels):
 
 
 def teacher(given, inputs, labels, loss):
-    """A module, its predictions for all inputs, several teachers, or None where none is read."""
-    wanted = "a torch.nn.Module, its predictions for all inputs, SeveralTeachers or None"
+    """A module, its predictions for all inputs or a cache of them, several teachers, or None where
+    none is read."""
+    wanted = (
+        "a torch.nn.Module, its predictions for all inputs, a TeacherCache, SeveralTeachers or None"
+    )
     if given is None:
         # Whether the examples of a data set have labels is known when they come.
         unread = loss.options["alpha"] == 0 and not isinstance(inputs, torch.Tensor)
@@ -88,6 +92,9 @@ def teacher(given, inputs, labels, loss):
     elif isinstance(given, SeveralTeachers):
         for each in given.teachers:
             teacher(each, inputs, labels, loss)
+    elif isinstance(given, TeacherCache):
+        if isinstance(inputs, torch.Tensor):
+            found_by(given, inputs)
     elif isinstance(given, torch.Tensor):
         if not given.is_floating_point():
             raise TypeError(f"teacher must be logits of a float dtype, got {given.dtype}")

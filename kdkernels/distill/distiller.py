@@ -13,6 +13,7 @@ import warnings
 import torch
 from torch import nn
 
+from ..cache import CacheMismatchError
 from ..functional import kd_loss
 from ..source_rows import detached, rows_of, to_device
 from . import batches, checks, engine, interrupt, randomness
@@ -20,7 +21,7 @@ from .evaluation import evaluate
 from .hints import Recorder
 from .hints import check as check_hints
 from .history import History, Meter
-from .predictions import as_teacher, inference, predict_with
+from .predictions import as_teacher, checksum, inference, predict_with
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 
@@ -49,7 +50,8 @@ class Distiller:
             `LinearHead`, or an object that has `logits`.
         teacher: a module that maps the same batch likewise; or its predictions for all inputs,
             computed before: logits (N, ..., V), any float dtype, or what has a row [i] of those or
-            of a source for each input; or `SeveralTeachers`; or None, with alpha = 0 and labels.
+            of a source for each input; or a `kdkernels.cache.TeacherCache`, which finds them by the
+            token ids; or `SeveralTeachers`; or None, with alpha = 0 and labels.
         inputs: (N, ...), any dtype the student takes; or a map-style `Dataset`, whose examples have
             labels of their own (`batches.Streamed` says which).
         labels: (N, ...), int64 or int32, shaped as the student's logits without V; or None for an
@@ -61,8 +63,8 @@ class Distiller:
         accumulate: a batch is taken in that many parts, one after the other; the gradient is that
             of the whole batch.
         clip_norm: None, or the largest norm of a gradient.
-        hints: `FeatureHint` and `AttentionTransfer`, for a teacher that is a module; copied, what
-            is learned of them is in `self.hints`.
+        hints: `FeatureHint` and `AttentionTransfer`, for a teacher that is a module, or a
+            `CachedTeacher` with one; copied, what is learned of them is in `self.hints`.
         alpha_warmup: steps over which alpha grows to the loss's, from alpha / steps on.
         workers: processes that read a `Dataset`.
         accelerator: an `accelerate.Accelerator` for devices, mixed precision and several processes
@@ -226,6 +228,7 @@ class Distiller:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "examples": len(self.data),
+            "teacher_cache": checksum(self.teacher),
         }
 
     def restore(self, step, state):
@@ -234,12 +237,15 @@ class Distiller:
         Raises:
             ValueError: it is the state of another run: of other data, batches or order; the text
                 says what differs.
+            CacheMismatchError: of another teacher's cache.
             RuntimeError: of another model.
         """
         here = dict(seed=self.seed, batch_size=self.batch_size, examples=len(self.data))
         for name, value in here.items():
             if state[name] != value:
                 raise ValueError(f"{name} must be {state[name]}, as before, got {value}")
+        if (before := state.get("teacher_cache")) != (now := checksum(self.teacher)):
+            raise CacheMismatchError(f"the teacher's cache must be {before}, as before, got {now}")
         if len(state["randomness"]) != self.engine.num_processes:
             raise ValueError(
                 f"the processes must be {len(state['randomness'])}, as before, got "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..cache import TeacherCache
 from ..source_rows import detached
 from ..sources import Ensemble, LinearHead, Sampled, TopK
 
@@ -71,6 +72,45 @@ class StoredTeacher:
         return found if isinstance(found, SOURCES) else torch.as_tensor(found)
 
 
+class CachedTeacher(nn.Module):
+    """A `kdkernels.cache.TeacherCache`, which finds what a batch is by its content.
+
+    Of a cache of token ids, that are the inputs (B, L) themselves, or their "input_ids", with an
+    "attention_mask" that says which of them count; of a cache of values, the inputs (B, ...).
+
+    Args:
+        cache: of the predictions.
+        model: None, or the teacher, whose features hints compare; its predictions are not used.
+    """
+
+    def __init__(self, cache, model=None):
+        super().__init__()
+        self.cache, self.model = cache, model
+
+    def forward(self, batch):
+        wanted = found_by(self.cache, batch.inputs)
+        if self.model is not None:
+            with inference(self.model):
+                predict_with(self.model, batch.inputs)
+        return self.cache.to(wanted[0].device).read(*wanted)
+
+
+def found_by(cache, inputs):
+    """What a cache finds inputs by: (them,), or (ids, attention mask).
+
+    Raises:
+        TypeError: they have none.
+    """
+    wanted, of_tokens = [inputs], cache.description["sample"] == "tokens"
+    if of_tokens and isinstance(inputs, Mapping):
+        wanted = [inputs.get("input_ids"), inputs.get("attention_mask")]
+    if not isinstance(wanted[0], torch.Tensor) or (of_tokens and wanted[0].is_floating_point()):
+        what = "token ids, or have input_ids" if of_tokens else "a tensor"
+        got = getattr(wanted[0], "dtype", type(inputs).__name__)
+        raise TypeError(f"inputs of this cached teacher must be {what}, got {got}")
+    return wanted
+
+
 class SeveralTeachers:
     """The mean of several teachers' distributions: `kdkernels.Ensemble`.
 
@@ -94,12 +134,23 @@ class SeveralTeachers:
 
 
 def as_teacher(teacher, accelerator=None):
-    """A module, its predictions, or several of them -> what a batch is asked of. Modules are moved
-    to the accelerator's device."""
+    """A module, its predictions, or several of them -> what a batch is asked of. Modules, and the
+    head of a cache, are moved to the accelerator's device."""
     if isinstance(teacher, SeveralTeachers):
         for each in teacher.teachers:
             as_teacher(each, accelerator)
         return teacher
-    if isinstance(teacher, nn.Module):
-        return ModelTeacher(teacher if accelerator is None else teacher.to(accelerator.device))
-    return StoredTeacher(teacher)
+    if isinstance(teacher, TeacherCache):
+        teacher = CachedTeacher(teacher)
+    if isinstance(teacher, nn.Module) and accelerator is not None:
+        teacher = teacher.to(accelerator.device)
+    if isinstance(teacher, CachedTeacher):
+        return teacher
+    return ModelTeacher(teacher) if isinstance(teacher, nn.Module) else StoredTeacher(teacher)
+
+
+def checksum(teacher):
+    """Of the cache that a teacher of `as_teacher` reads: text; a list of several's; else None."""
+    if isinstance(teacher, SeveralTeachers):
+        return [checksum(as_teacher(each)) for each in teacher.teachers]
+    return teacher.cache.checksum if isinstance(teacher, CachedTeacher) else None

@@ -1,6 +1,7 @@
 """`Config`: every option of a distillation of real checkpoints, once.
 
-A YAML file, the command line and Python take the same options, those of this one list.
+A YAML file, the command line and Python take the same options, those of this one list. `Options` is
+what such lists have in common.
 """
 
 import dataclasses
@@ -16,148 +17,32 @@ from ...files import atomic
 DATA, LOSS, TRAINING, RUN = "models and data", "loss", "training", "run"
 
 
-def _option(group, default, text, metavar="NAME"):
+def option(group, default, text, metavar="NAME"):
+    """A field of `Options`: its group and its text are those of the help on the command line."""
     return field(default=default, metadata={"group": group, "help": text, "metavar": metavar})
 
 
 @dataclass(frozen=True)
-class Config:
-    """The options of a `Job`; the text of each is its help on the command line.
+class Options:
+    """A list of options, whose types are checked.
 
     Raises:
         TypeError: a value of another type than annotated.
-        ValueError: numbers outside what is listed, two options that exclude each other.
     """
 
-    student: str = _option(
-        DATA,
-        "",
-        "directory of the model to train, as save_pretrained wrote it: a causal language "
-        "model, an image classifier, or a PEFT adapter of one; not changed",
-        "DIR",
-    )
-    teacher: str | None = _option(
-        DATA,
-        None,
-        "directory of the teacher; without it and without teacher_predictions the "
-        "student is trained on labels alone, with alpha 0: a teacher of its own, later",
-        "DIR",
-    )
-    data: str = _option(
-        DATA,
-        "",
-        "directory of the training data: text files, or a folder of images for each class",
-        "DIR",
-    )
-    test: str | None = _option(
-        DATA, None, "directory of the test data; without it test_share of `data` is held out", "DIR"
-    )
-    test_share: float = _option(
-        DATA, 0.1, "share of the documents or images that are held out, in (0, 1)"
-    )
-    length: int = _option(DATA, 512, "tokens of a text example")
-    teacher_predictions: str | None = _option(
-        DATA,
-        None,
-        "file (.npy, .safetensors) of the teacher's predictions for all training "
-        "examples, used in place of the teacher",
-        "FILE",
-    )
-    write_teacher_predictions: bool = _option(
-        DATA, False, "write the file teacher_predictions with the teacher first"
-    )
-    topk: int | None = _option(
-        DATA, None, "classes of each prediction in that file, the most probable; default: all"
-    )
-    tail: str = _option(
-        LOSS,
-        "bucket",
-        "of the classes beyond topk: bucket, one more class, or renormalize, which a temperature "
-        "other than 1 needs",
-    )
-    temperature: float = _option(LOSS, 1.0, "of the teacher's and the student's distributions")
-    alpha: float = _option(LOSS, 0.5, "weight of the teacher against the labels, in [0, 1]")
-    divergence: str = _option(LOSS, "forward_kl", "from the teacher, as kd_loss names them")
-    beta: float | None = _option(LOSS, None, "mixture weight of divergences that have one")
-    label_smoothing: float = _option(LOSS, 0.0, "of the labels, in [0, 1]")
-    vocab_size: int | None = _option(
-        LOSS,
-        None,
-        "real tokens of a head, where its last rows are padding; default: all rows, or "
-        "the tokenizer's where teacher and student are padded differently",
-    )
-    hints: list = _option(
-        LOSS,
-        (),
-        "losses inside of the models, a list of {student: MODULE, teacher: MODULE}, "
-        "with kind (feature or attention), weight, select, dim, rows",
-    )
-    alpha_warmup: int = _option(LOSS, 0, "steps over which alpha grows to its value")
-    backend: str | None = _option(LOSS, None, "of the loss; default: the fastest that is usable")
-    steps: int | None = _option(TRAINING, None, "optimiser steps")
-    epochs: float | None = _option(
-        TRAINING, None, "passes over the data in place of steps; default: 1"
-    )
-    batch_size: int = _option(TRAINING, 8, "examples of a step")
-    accumulate: int = _option(TRAINING, 1, "parts of a batch, one after the other, to save memory")
-    learning_rate: float = _option(TRAINING, 1e-4, "of AdamW")
-    weight_decay: float = _option(TRAINING, 0.01, "of AdamW")
-    scheduler: str = _option(
-        TRAINING, "cosine", "of the learning rate, after its warm-up: constant, linear or cosine"
-    )
-    warmup: int = _option(TRAINING, 0, "steps over which the learning rate grows to its value")
-    clip_norm: float | None = _option(TRAINING, 1.0, "largest norm of a gradient")
-    gradient_checkpointing: bool = _option(
-        TRAINING, False, "compute activations twice, to save memory"
-    )
-    mixed_precision: str = _option(TRAINING, "no", "no, bf16 or fp16")
-    patience: int | None = _option(
-        TRAINING, None, "early stopping: recordings without a smaller test cross-entropy"
-    )
-    seed: int = _option(TRAINING, 0, "of the order of the data, what is held out, and dropout")
-    out: str = _option(
-        RUN, "runs/distill", "directory for the student, checkpoints and results", "DIR"
-    )
-    record_every: int = _option(RUN, 50, "steps between two evaluations on the test data")
-    checkpoint_every: int = _option(RUN, 500, "steps between two checkpoints")
-    workers: int = _option(RUN, 0, "processes that read the data")
-    tensorboard: bool = _option(RUN, True, "write a log for TensorBoard, next to log.csv")
-
     def __post_init__(self):
-        if isinstance(self.hints, tuple):
-            object.__setattr__(self, "hints", list(self.hints))
-        for name, kind in _kinds().items():
+        for name, kind in _kinds(type(self)).items():
             _check_type(name, kind, getattr(self, name))
-        for name in ("student", "data", "out"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must be given")
-        for name in ("length", "batch_size", "accumulate", "record_every", "checkpoint_every"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("alpha_warmup", "warmup", "workers", "weight_decay"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("steps", "topk", "patience", "vocab_size"):
-            _at_least(name, getattr(self, name), 1, none=True)
-        for name in ("learning_rate", "epochs", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"test_share must be in (0, 1), got {self.test_share}")
-        _one_of("tail", self.tail, ("bucket", "renormalize"))
-        _one_of("scheduler", self.scheduler, ("constant", "linear", "cosine"))
-        _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("steps and epochs must not both be given")
 
     @classmethod
     def of(cls, options):
-        """A mapping of options by name, numbers possibly as text -> `Config`.
+        """A mapping of options by name, numbers possibly as text -> the options.
 
         Raises:
             ValueError: a name that is no option; the text lists those that are near.
             TypeError: a value of another type than the option has.
         """
-        kinds, found = _kinds(), {}
+        kinds, found = _kinds(cls), {}
         for name, value in options.items():
             if name not in kinds:
                 near = difflib.get_close_matches(str(name), kinds, n=3)
@@ -165,6 +50,133 @@ class Config:
                 raise ValueError(f"{name!r} is not an option{hint}")
             found[name] = _converted(name, kinds[name], value)
         return cls(**found)
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """The options of a `Job`; the text of each is its help on the command line.
+
+    Raises:
+        TypeError: a value of another type than annotated.
+        ValueError: numbers outside what is listed, two options that exclude each other.
+    """
+
+    student: str = option(
+        DATA,
+        "",
+        "directory of the model to train, as save_pretrained wrote it: a causal language "
+        "model, an image classifier, or a PEFT adapter of one; not changed",
+        "DIR",
+    )
+    teacher: str | None = option(
+        DATA,
+        None,
+        "directory of the teacher; without it, teacher_cache and teacher_predictions the "
+        "student is trained on labels alone, with alpha 0: a teacher of its own, later",
+        "DIR",
+    )
+    data: str = option(
+        DATA,
+        "",
+        "directory of the training data: text files, or a folder of images for each class",
+        "DIR",
+    )
+    test: str | None = option(
+        DATA, None, "directory of the test data; without it test_share of `data` is held out", "DIR"
+    )
+    test_share: float = option(
+        DATA, 0.1, "share of the documents or images that are held out, in (0, 1)"
+    )
+    length: int = option(DATA, 512, "tokens of a text example")
+    teacher_cache: str | None = option(
+        DATA,
+        None,
+        "directory that `cache build` wrote, of which the student learns in place of the teacher; "
+        "a teacher beside it gives hints and is compared",
+        "DIR",
+    )
+    teacher_predictions: str | None = option(
+        DATA,
+        None,
+        "file (.npy, .safetensors) of the teacher's logits for all training examples, used in "
+        "place of the teacher: for images, of texts a cache is smaller",
+        "FILE",
+    )
+    write_teacher_predictions: bool = option(
+        DATA, False, "write the file teacher_predictions with the teacher first"
+    )
+    tail: str | None = option(
+        LOSS,
+        None,
+        "of the tokens beyond those that a cache has of the most probable: bucket, one more class, "
+        "or renormalize, which a temperature other than 1 needs; default: what the cache says",
+    )
+    temperature: float = option(LOSS, 1.0, "of the teacher's and the student's distributions")
+    alpha: float = option(LOSS, 0.5, "weight of the teacher against the labels, in [0, 1]")
+    divergence: str = option(LOSS, "forward_kl", "from the teacher, as kd_loss names them")
+    beta: float | None = option(LOSS, None, "mixture weight of divergences that have one")
+    label_smoothing: float = option(LOSS, 0.0, "of the labels, in [0, 1]")
+    vocab_size: int | None = option(
+        LOSS,
+        None,
+        "real tokens of a head, where its last rows are padding; default: all rows, or "
+        "the tokenizer's where teacher and student are padded differently",
+    )
+    hints: list = option(
+        LOSS,
+        (),
+        "losses inside of the models, a list of {student: MODULE, teacher: MODULE}, "
+        "with kind (feature or attention), weight, select, dim, rows",
+    )
+    alpha_warmup: int = option(LOSS, 0, "steps over which alpha grows to its value")
+    backend: str | None = option(LOSS, None, "of the loss; default: the fastest that is usable")
+    steps: int | None = option(TRAINING, None, "optimiser steps")
+    epochs: float | None = option(
+        TRAINING, None, "passes over the data in place of steps; default: 1"
+    )
+    batch_size: int = option(TRAINING, 8, "examples of a step")
+    accumulate: int = option(TRAINING, 1, "parts of a batch, one after the other, to save memory")
+    learning_rate: float = option(TRAINING, 1e-4, "of AdamW")
+    weight_decay: float = option(TRAINING, 0.01, "of AdamW")
+    scheduler: str = option(
+        TRAINING, "cosine", "of the learning rate, after its warm-up: constant, linear or cosine"
+    )
+    warmup: int = option(TRAINING, 0, "steps over which the learning rate grows to its value")
+    clip_norm: float | None = option(TRAINING, 1.0, "largest norm of a gradient")
+    gradient_checkpointing: bool = option(
+        TRAINING, False, "compute activations twice, to save memory"
+    )
+    mixed_precision: str = option(TRAINING, "no", "no, bf16 or fp16")
+    patience: int | None = option(
+        TRAINING, None, "early stopping: recordings without a smaller test cross-entropy"
+    )
+    seed: int = option(TRAINING, 0, "of the order of the data, what is held out, and dropout")
+    out: str = option(
+        RUN, "runs/distill", "directory for the student, checkpoints and results", "DIR"
+    )
+    record_every: int = option(RUN, 50, "steps between two evaluations on the test data")
+    checkpoint_every: int = option(RUN, 500, "steps between two checkpoints")
+    workers: int = option(RUN, 0, "processes that read the data")
+    tensorboard: bool = option(RUN, True, "write a log for TensorBoard, next to log.csv")
+
+    def __post_init__(self):
+        if isinstance(self.hints, tuple):
+            object.__setattr__(self, "hints", list(self.hints))
+        super().__post_init__()
+        given(self, "student", "data", "out")
+        at_least(1, self, "length", "batch_size", "accumulate", "record_every", "checkpoint_every")
+        at_least(1, self, "steps", "patience", "vocab_size")
+        at_least(0, self, "alpha_warmup", "warmup", "workers", "weight_decay")
+        for name in ("learning_rate", "epochs", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        check_share(self)
+        one_of("tail", self.tail, ("bucket", "renormalize", None))
+        one_of("scheduler", self.scheduler, ("constant", "linear", "cosine"))
+        one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs must not both be given")
 
     @classmethod
     def load(cls, path, **overrides):
@@ -205,27 +217,30 @@ def fields():
     return dataclasses.fields(Config)
 
 
-def add_arguments(parser):
-    """Adds every option to an `argparse.ArgumentParser`, those not given being absent."""
+def add_arguments(parser, options=Config, prefix="checkpoints: "):
+    """Adds every option to an `argparse.ArgumentParser`, those not given being absent.
+
+    prefix: of the groups' titles.
+    """
     import argparse
 
-    kinds, groups = _kinds(), {}
-    for option in fields():
-        group = option.metadata["group"]
+    kinds, groups = _kinds(options), {}
+    for each in dataclasses.fields(options):
+        group = each.metadata["group"]
         if group not in groups:
-            groups[group] = parser.add_argument_group(f"checkpoints: {group}")
-        kind, _ = kinds[option.name]
-        default = option.default
-        how = dict(default=argparse.SUPPRESS, help=option.metadata["help"].replace("%", "%%"))
+            groups[group] = parser.add_argument_group(f"{prefix}{group}")
+        kind, _ = kinds[each.name]
+        default = each.default
+        how = dict(default=argparse.SUPPRESS, help=each.metadata["help"].replace("%", "%%"))
         if default not in (None, "", ()) and kind is not bool:
             how["help"] += f"; default: {default}"
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
             metavars = {int: "N", float: "X", list: "YAML"}
-            how["metavar"] = metavars.get(kind, option.metadata["metavar"])
+            how["metavar"] = metavars.get(kind, each.metadata["metavar"])
             how["type"] = kind if kind in (int, float) else str
-        groups[group].add_argument(f"--{option.name.replace('_', '-')}", **how)
+        groups[group].add_argument(f"--{each.name.replace('_', '-')}", **how)
 
 
 def differences(one, other):
@@ -233,10 +248,35 @@ def differences(one, other):
     return [each.name for each in fields() if getattr(one, each.name) != getattr(other, each.name)]
 
 
-def _kinds():
+def given(options, *names):
+    for name in names:
+        if not getattr(options, name):
+            raise ValueError(f"{name} must be given")
+
+
+def at_least(low, options, *names):
+    """Of those that are not None."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def check_share(options):
+    if not 0 < options.test_share < 1:
+        raise ValueError(f"test_share must be in (0, 1), got {options.test_share}")
+
+
+def one_of(name, value, known):
+    if value not in known:
+        names = ", ".join(each for each in known if each)
+        raise ValueError(f"{name} must be one of {names}, got {value!r}")
+
+
+def _kinds(options):
     """{name: (type, whether it may be None)}"""
     found = {}
-    for name, hint in typing.get_type_hints(Config).items():
+    for name, hint in typing.get_type_hints(options).items():
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         found[name] = kinds[0], type(None) in kinds
     return found
@@ -268,16 +308,6 @@ def _check_type(name, kind, value):
     if not right or (isinstance(value, bool) and kind is not bool):
         none = " or nothing" if optional else ""
         raise TypeError(f"{name} must be {_wanted(kind)}{none}, got {value!r}")
-
-
-def _at_least(name, value, low, none=False):
-    if not (none and value is None) and not value >= low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-
-
-def _one_of(name, value, known):
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _wanted(kind):

@@ -50,6 +50,15 @@ def held_out(files, share, seed):
     return [files[k] for k in sorted(order[count:])], [files[k] for k in sorted(order[:count])]
 
 
+def digest_of(folder, files):
+    """Another one for other files under a directory: names or contents -> hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{content} {path.relative_to(folder).as_posix()}\n".encode())
+    return digest.hexdigest()
+
+
 class TextFolder(Dataset):
     """Text files as blocks of tokens, for causal language models.
 
@@ -98,6 +107,11 @@ class TextFolder(Dataset):
         begin = row * self.length
         block = torch.from_numpy(self.tokens[begin : begin + self.length + 1].astype(np.int64))
         return {"input_ids": block[:-1], "labels": block[1:]}
+
+    @property
+    def ids(self):
+        """The token ids of all examples, (N, length) int32, mapped."""
+        return self.tokens[: len(self) * self.length].reshape(-1, self.length)
 
     def digest(self):
         """Another one for other examples, or another order of them."""

@@ -24,14 +24,14 @@ import torch
 from ... import __version__
 from ...files import atomic, check_writable
 from ...modules import KDLoss
-from ...sources import TopK
+from ...source_rows import to_device
 from .. import batches, checks, engine, report
 from ..checkpoints import Checkpoints
 from ..distiller import Distiller, TrainingError
 from ..hints import AttentionTransfer, FeatureHint, module_of
 from ..logs import CsvLog, TensorBoardLog
-from ..offline import most_probable, open_predictions, write_predictions
-from ..predictions import as_teacher, inference, predict_with
+from ..offline import open_predictions, write_predictions
+from ..predictions import CachedTeacher, as_teacher, inference, predict_with
 from ..validation import row, size_of, validate
 from . import config, models, parts
 
@@ -144,26 +144,31 @@ class Job:
         file, write = options.teacher_predictions, options.write_teacher_predictions
         if write and not (file and options.teacher):
             raise ValueError("write_teacher_predictions needs a teacher and teacher_predictions")
-        if options.topk is not None and not write:
-            raise ValueError("topk goes with write_teacher_predictions")
+        if options.teacher_cache and file:
+            raise ValueError("teacher_cache and teacher_predictions must not both be given")
+        if options.tail and not options.teacher_cache:
+            raise ValueError("tail goes with teacher_cache")
         if file and not write and not Path(file).is_file():
             raise FileNotFoundError(f"teacher_predictions must be a file, {file} is none")
-        suffixes = (".safetensors",) if options.topk else (".safetensors", ".npy")
-        if file and not file.endswith(suffixes):
-            raise ValueError(f"teacher_predictions must end in {' or '.join(suffixes)}, got {file}")
-        if not (file or options.teacher) and options.alpha > 0:
+        if file and not file.endswith((".safetensors", ".npy")):
+            raise ValueError(f"teacher_predictions must end in .safetensors or .npy, got {file}")
+        stored = file or options.teacher_cache
+        if not (stored or options.teacher) and options.alpha > 0:
             raise ValueError(
                 f"alpha must be 0 without a teacher, got {options.alpha:g}: name a teacher, or "
                 "train one on the labels first, with alpha 0"
             )
-        if file and options.hints:
-            raise ValueError("hints need the teacher itself, not teacher_predictions")
+        if options.hints and (file or not options.teacher):
+            what = "teacher_predictions" if file else "teacher_cache" if stored else "labels"
+            raise ValueError(f"hints need the teacher itself, not {what} alone")
 
     def _distiller(self):
         options, student, train = self.options, self.parts.student, self.parts.train
         teacher = self.parts.teacher
+        if options.teacher_cache:
+            teacher = CachedTeacher(self.parts.cache, teacher if options.hints else None)
         if options.teacher_predictions:
-            teacher = open_predictions(options.teacher_predictions, len(train), options.tail)
+            teacher = open_predictions(options.teacher_predictions, len(train))
             self._check_predictions()
         self._try(teacher)
         hints = [_hint(each, student, teacher) for each in options.hints]
@@ -194,12 +199,10 @@ class Job:
         batch = batch.to(self.accelerator.device)
         with inference(student), self.accelerator.autocast():
             prediction = predict_with(student, batch.inputs)
-            target = prediction if teacher is None else as_teacher(teacher)(batch)
-            if isinstance(teacher, torch.nn.Module) and self.options.topk:
-                top = most_probable(target, self.options.topk, self.parts.vocab_size)
-                top = {name: x.to(batch.labels.device) for name, x in top.items()}
-                target = TopK(**top, tail=self.options.tail)
-            self.loss(prediction, target, batch.labels)
+            target = prediction
+            if teacher is not None:
+                target = as_teacher(teacher, self.accelerator)(batch)
+            self.loss(prediction, to_device(target, batch.labels.device), batch.labels)
 
     def _scheduler(self, optimizer):
         from transformers import get_scheduler
@@ -214,7 +217,6 @@ class Job:
             options.teacher_predictions,
             self.parts.teacher,
             self.parts.train,
-            topk=options.topk,
             vocab_size=self.parts.vocab_size,
             batch_size=options.batch_size,
         )
@@ -275,7 +277,7 @@ class Job:
 
     def _model(self):
         """The `transformers` or PEFT model behind the student."""
-        return _inner(self.parts.student)
+        return _inner(self.parts.student)[0]
 
     def _validate(self, model, teacher=None):
         return validate(
@@ -366,8 +368,11 @@ def _accelerator(options):
 
 
 def _inner(model):
-    """The `transformers` or PEFT model behind a student or a teacher."""
-    return model.model if isinstance(model, models.HiddenStates) else model
+    """The `transformers` or PEFT model behind a student or a teacher, and the path to it."""
+    path = ""
+    while isinstance(model, (models.HiddenStates, CachedTeacher)):
+        model, path = model.model, f"{path}model."
+    return model, path
 
 
 def _hint(options, student, teacher):
@@ -386,9 +391,9 @@ def _hint(options, student, teacher):
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(options.get(name), str):
             raise ValueError(f"hints must name a module of the {name}, got {options.get(name)!r}")
-        module_of(name, _inner(model), options[name])
-        if model is not _inner(model):
-            options[name] = f"model.{options[name]}"
+        inner, path = _inner(model)
+        module_of(name, inner, options[name])
+        options[name] = path + options[name]
     return HINTS[kind](**options)
 
 

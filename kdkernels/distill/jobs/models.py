@@ -137,6 +137,26 @@ def vocab_size_of(given, heads, tokens):
     return size
 
 
+def token_count(tokenizer):
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_length(name, model, length):
+    """Whether a model, called name, takes texts of so many tokens."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise ValueError(
+            f"length must be at most {limit}, the positions of the {name}, got {length}"
+        )
+
+
+def check_largest(token, limit):
+    """Whether the largest token id of the data is one of the heads'."""
+    if token >= limit:
+        raise ValueError(f"token ids must be below {limit}, got {token} in the data")
+
+
 def head_rows(model):
     """Rows of a causal language model's output embedding."""
     head = model.get_output_embeddings()

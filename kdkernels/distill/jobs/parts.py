@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import folders, models
+from . import caches, folders, models
 
 
 class Parts(NamedTuple):
@@ -16,40 +16,51 @@ class Parts(NamedTuple):
     test: Any
     kept: list  # what is saved with the student: its tokenizer, its image processor
     vocab_size: int | None = None
+    cache: Any = None  # a `TeacherCache`, of the option teacher_cache
 
 
 def of_text(options, notes):
     """Causal language models and text files -> `Parts`."""
-    files = _files(options, folders.TEXT, "text files")
-    student, teacher = _pair(options, models.TEXT)
+    files = files_of(options, folders.TEXT, "text files")
+    student = _student(options, models.TEXT)
     tokenizer = models.tokenizer_of("student", options.student)
+    cache = caches.opened(options, tokenizer, notes) if options.teacher_cache else None
+    teacher = _teacher(options, models.TEXT, caches.dtype_of(cache))
     if teacher is not None:
         models.check_tokenizers(tokenizer, models.tokenizer_of("teacher", options.teacher))
+    if teacher is not None and cache is not None:
+        caches.check_teacher(options, cache, teacher)
     named = {"student": student, **({} if teacher is None else {"teacher": teacher})}
     heads = {name: models.head_rows(model) for name, model in named.items()}
-    size = models.vocab_size_of(options.vocab_size, heads, max(tokenizer.get_vocab().values()) + 1)
+    if cache is not None:
+        heads["teacher_cache"] = cache.description["vocab_size"]
+    size = models.vocab_size_of(options.vocab_size, heads, models.token_count(tokenizer))
     if size != options.vocab_size:
         notes.append(f"The heads' rows from {size} on are padding: the tokenizer has no more.")
+    if cache is not None:
+        caches.check_vocabulary(options, cache, size or heads["student"])
     for name, model in named.items():
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and options.length > limit:
-            raise ValueError(
-                f"length must be at most {limit}, the positions of the {name}, got {options.length}"
-            )
+        models.check_length(name, model, options.length)
     train, test = (folders.TextFolder(each, tokenizer, options.length) for each in files)
-    limit = size or min(heads.values())
-    if (largest := max(train.largest, test.largest)) >= limit:
-        raise ValueError(f"token ids must be below {limit}, got {largest} in the data")
+    largest = max(train.largest, test.largest)
+    models.check_largest(largest, size or min(heads.values()))
+    if cache is not None:
+        caches.check_examples(options, cache, train)
     if teacher is not None:
         teacher = models.without_logits("teacher", teacher, notes)
     student = models.without_logits("student", student, notes)
-    return Parts(student, teacher, train, test, [tokenizer], size)
+    return Parts(student, teacher, train, test, [tokenizer], size, cache)
 
 
 def of_images(options, notes):
     """Image classifiers and folders of images -> `Parts`."""
-    files = _files(options, folders.IMAGES, "folders of images")
-    student, teacher = _pair(options, models.IMAGES)
+    if options.teacher_cache:
+        raise ValueError(
+            "teacher_cache goes with language models: of an image classifier's teacher, use "
+            "write_teacher_predictions"
+        )
+    files = files_of(options, folders.IMAGES, "folders of images")
+    student, teacher = _student(options, models.IMAGES), _teacher(options, models.IMAGES)
     if options.vocab_size is not None:
         raise ValueError("vocab_size goes with language models only")
     names = sorted({path.parent.name for split in files for path in split})
@@ -67,7 +78,7 @@ def of_images(options, notes):
     return Parts(student, teacher, train, test, transform.kept())
 
 
-def _files(options, suffixes, what):
+def files_of(options, suffixes, what):
     """-> (paths to train on, paths to test on)"""
     found = folders.find("data", options.data, suffixes, what)
     if options.test is None:
@@ -75,24 +86,32 @@ def _files(options, suffixes, what):
     return found, folders.find("test", options.test, suffixes, what)
 
 
-def _pair(options, task):
-    """-> the student, and the teacher or None"""
-    attention = any(isinstance(x, dict) and x.get("kind") == "attention" for x in options.hints)
+def _student(options, task):
     student = models.load(
         "student",
         options.student,
         task,
         dtype=torch.float32,  # optimisers lose small steps in less
-        attention=attention,
+        attention=_has_attention(options),
         trainable=True,
     )
     if options.gradient_checkpointing:
         # Its name until transformers 5.
         old = student.gradient_checkpointing_enable
         getattr(student, "activation_checkpointing_enable", old)()
+    return student
+
+
+def _teacher(options, task, dtype="auto"):
+    """dtype: "auto": as it was saved -> the teacher, or None"""
     if options.teacher is None:
-        return student, None
+        return None
     found = models.task_of("teacher", models.config_of("teacher", options.teacher))
     if found != task:
         raise ValueError(f"teacher must be for {task}, as the student is, got one for {found}")
-    return student, models.load("teacher", options.teacher, task, attention=attention)
+    attention = _has_attention(options)
+    return models.load("teacher", options.teacher, task, dtype=dtype, attention=attention)
+
+
+def _has_attention(options):
+    return any(isinstance(x, dict) and x.get("kind") == "attention" for x in options.hints)

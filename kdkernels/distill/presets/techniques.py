@@ -6,11 +6,13 @@ images that nobody trained on, and returns what came out, in a line.
 
 import copy
 import math
+import shutil
 import statistics
 
 import torch
 from torch import nn
 
+from ..capture import write_cache
 from ..evaluation import predict
 from ..generations import born_again
 from ..hints import AttentionTransfer, FeatureHint
@@ -18,7 +20,7 @@ from ..offline import open_predictions, write_predictions
 from ..predictions import SeveralTeachers
 from ..specialists import combine, confusable_classes, specialist_labels, specialist_rows
 from . import digits
-from .study import TEMPERATURE, convolutions, mlp, small
+from .study import convolutions, mlp, small
 
 LABELLED = 100  # images of each student's own, where a technique does not say how many
 
@@ -113,29 +115,32 @@ def _best_bias(model, train):
 
 
 def offline(study):
-    """The teacher answers once, into a file, from which students learn: there is no teacher then.
+    """The teacher answers once, into files, from which students learn: there is no teacher then.
 
-    Hinton et al. 2015, section 2, with soft targets that were stored. Of the 3 most probable
-    classes alone nobody knows what the others are at another temperature: those students learn
-    at T = 1, the others one bucket.
+    Hinton et al. 2015, section 2, with soft targets that were stored: as logits in the order of the
+    images, and in a cache, which finds what it has by the image. Of the 3 most probable classes
+    alone nobody knows what the others are at another temperature: those students learn at T = 1,
+    the others one bucket.
     """
     teacher, labels = study.teacher(), study.train.labels
     rows = torch.arange(2 * LABELLED)
     same = study.same(rows)
     study.students("labels", same, None, labels, like=teacher)
     study.students("logits in memory", same, study.outputs(teacher), like=teacher)
-    for name, topk in (("a file of logits", None), ("a file of the top 3", 3)):
-        path = study.out / f"teacher_{'logits' if topk is None else 'top3'}.safetensors"
-        write_predictions(path, teacher, study.train.images[rows], topk=topk)
-        stored = open_predictions(path, count=len(rows))
-        options = dict(like=teacher, temperature=TEMPERATURE if topk is None else 1.0)
-        study.students(name, same, lambda rows, stored=stored: stored, **options)
-        study.comparison[-1]["file bytes"] = path.stat().st_size
+    file, folder = study.out / "teacher_logits.safetensors", study.out / "teacher_top3"
+    write_predictions(file, teacher, study.train.images[rows])
+    logits = open_predictions(file, count=len(rows))
+    study.students("a file of logits", same, lambda rows: logits, like=teacher)
+    study.comparison[-1]["file bytes"] = file.stat().st_size
+    shutil.rmtree(folder, ignore_errors=True)  # a cache is of one teacher, this may be another
+    top = write_cache(folder, teacher, study.train.images[rows], "topk:3")
+    study.students("a cache of the top 3", same, lambda rows: top, like=teacher, temperature=1.0)
+    study.comparison[-1]["file bytes"] = top.bytes
     return (
         f"{len(rows)} images: {study.errors('labels')} errors with labels, "
         f"{study.errors('a file of logits')} with a file of logits, "
         f"{study.errors('logits in memory')} with the same in memory, "
-        f"{study.errors('a file of the top 3')} with a file of the 3 most probable classes"
+        f"{study.errors('a cache of the top 3')} with a cache of the 3 most probable classes"
     )
 
 

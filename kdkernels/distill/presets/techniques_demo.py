@@ -31,7 +31,8 @@ class Demo:
         TypeError, ValueError: arguments outside what is listed.
         RuntimeError: a backend that cannot be used here.
         OSError: a directory that cannot be made.
-        ImportError: rich, matplotlib, safetensors or scipy is missing (the extra `train`).
+        ImportError: rich, matplotlib, safetensors, scipy or zstandard is missing (the extra
+            `train`).
     """
 
     def __init__(self, out, technique, *, seeds=digits.SEEDS, steps=digits.STEPS, backend=None):
@@ -41,7 +42,7 @@ class Demo:
         checks.integer("seeds", seeds, low=1)
         checks.integer("steps", steps, low=1)
         registry.resolve("cpu", torch.float32, backend)
-        checks.installed("rich", "matplotlib", "safetensors", "scipy")
+        checks.installed("rich", "matplotlib", "safetensors", "scipy", "zstandard")
         self.out, self.technique = Path(out), technique
         self.options = dict(seeds=seeds, steps=steps, backend=backend)
         self.out.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 The text is the Python documentation that every Python carries for `help()`, in the 131,072 tokens
 of a real tokenizer. A teacher learns all of the training text. Students of half its width see a
 third of it: with the hard labels alone, with the teacher's soft targets, and with soft targets of
-which a file kept the K most probable tokens only. All are judged on documents that nobody trained
+which a cache kept the K most probable tokens only. All are judged on documents that nobody trained
 on. It is "soft targets with 3 % of the data" (Hinton, Vinyals, Dean 2015, "Distilling the Knowledge
 in a Neural Network", section 6) for a language model that two cores train in minutes.
 

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,17 +14,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ... import cache
 from ...backends import registry
 from ...files import atomic
 from ...modules import KDLoss
 from ...sources import LinearHead
 from .. import checks, report
 from ..batches import steps_per_epoch
-from ..offline import open_predictions, write_predictions
+from ..capture import write_cache
 from ..validation import compare
 from . import text
 
-CURVES, TOPK_FILE = "learning_curves.png", "teacher_topk.safetensors"
+CURVES, CACHE = "learning_curves.png", "teacher.cache"
 PICTURED = 4  # one in so many held-out blocks is what curves are of
 VALIDATION_BATCH = 16  # blocks
 MEMORY_BLOCKS = 8  # in the step whose memory is measured
@@ -39,7 +41,7 @@ class Demo:
         teacher_steps: those of the teacher.
         blocks: how much of the training text students see, in blocks of 64 tokens.
         temperature, alpha: of the soft targets, as `kdkernels.kd_loss` takes them.
-        topk: K, the tokens that are kept of each of the teacher's predictions in a file; from it a
+        topk: K, the tokens that are kept of each of the teacher's predictions in a cache; from it a
             student learns at T = 1 and the same alpha.
         seed: an int: initial weights, the text that students see and its order.
         backend: of the loss, as `kdkernels.kd_loss` takes it.
@@ -70,8 +72,9 @@ class Demo:
         checks.integer("seed", seed, low=0)
         KDLoss(temperature=temperature, alpha=alpha)
         registry.resolve("cpu", torch.float32, backend)
-        checks.installed("rich", "matplotlib", "transformers", "safetensors")
-        self.corpus = text.load(text.load_tokenizer())
+        checks.installed("rich", "matplotlib", "transformers", "zstandard")
+        self.tokenizer = text.load_tokenizer()
+        self.corpus = text.load(self.tokenizer)
         checks.integer("blocks", blocks, low=1, high=len(self.corpus.train))
 
         self.options = dict(
@@ -136,7 +139,7 @@ class Demo:
 
         for note in results["notes"]:
             print(note)
-        print(f"Picture, results.json and {TOPK_FILE}: {self.out}")
+        print(f"Picture, results.json and {CACHE}: {self.out}")
         teacher, hard, soft, kept = (row["perplexity"] for row in comparison)
         print(
             f"Held-out perplexity: {hard:.0f} → {soft:.0f} with soft targets, {kept:.0f} with "
@@ -165,14 +168,21 @@ class Demo:
         )
 
     def _train_teacher(self, bar):
-        """-> the teacher, frozen, and its `History`; its file is written."""
+        """-> the teacher, frozen, and its `History`; its cache is written."""
         model = text.language_model(text.TEACHER_HIDDEN, self.options["seed"])
         training = self._training("teacher", bar, self.options["teacher_steps"])
         history = text.train(model, self.corpus.train, rate=text.TEACHER_RATE, **training)
         model.requires_grad_(False)
         task = bar.add_task(f"the teacher's top {self._topk}", total=1)
-        write_predictions(
-            self.out / TOPK_FILE, model, self._few, topk=self._topk, batch_size=VALIDATION_BATCH
+        shutil.rmtree(self.out / CACHE, ignore_errors=True)  # of an earlier run, another teacher's
+        write_cache(
+            self.out / CACHE,
+            model,
+            self._few,
+            f"topk:{self._topk}",
+            tokenizer=self.tokenizer,
+            data={"text": f"the documentation in Python {platform.python_version()}"},
+            batch_size=VALIDATION_BATCH,
         )
         bar.advance(task)
         return model, history
@@ -183,12 +193,11 @@ class Demo:
         All begin with the same weights and see the same text in the same order.
         """
         alpha, temperature = self.options["alpha"], self.options["temperature"]
-        few = self._few
-        stored = open_predictions(self.out / TOPK_FILE, len(few))
+        few, stored = self._few, cache.open(self.out / CACHE)
         cells = {
             HARD: (None, dict(alpha=0.0)),
             SOFT: (teacher, dict(alpha=alpha, temperature=temperature)),
-            f"student, top {self._topk} in a file": (stored, dict(alpha=alpha)),
+            f"student, top {self._topk} in a cache": (stored, dict(alpha=alpha)),
         }
         students, histories = {}, {}
         for name, (targets, loss) in cells.items():
@@ -215,14 +224,15 @@ class Demo:
     def _notes(self, memory):
         train, blocks = len(self.corpus.train), self.options["blocks"]
         epochs = self.options["teacher_steps"] / steps_per_epoch(train, text.BATCH)
-        size = (self.out / TOPK_FILE).stat().st_size
+        stored = cache.open(self.out / CACHE)
         logits = 4 * blocks * text.BLOCK * text.VOCABULARY
         notes = [
             f"Text: the documentation in Python {platform.python_version()}, "
             f"{len(self.corpus.train_documents)} documents to train on ({train:,} blocks of "
             f"{text.BLOCK} tokens, {epochs:.1f} times), {len(self.corpus.test_documents)} held out "
             f"({len(self.corpus.test):,} blocks). Students see {blocks:,} blocks.",
-            f"The teacher's top {self._topk}: {size / 1e6:,.1f} MB; its logits would be "
+            f"The teacher's top {self._topk}: {stored.bytes / 1e6:,.1f} MB, "
+            f"{stored.bytes / stored.tokens:.0f} bytes a token; its logits would be "
             f"{logits / 1e6:,.0f} MB.",
         ]
         fused, naive = memory["fused_mb"], memory["naive_mb"]

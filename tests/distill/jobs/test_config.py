@@ -63,7 +63,6 @@ def test_files_that_are_no_options(tmp_path, text, message):
         (dict(student=""), ValueError, "student must be given"),
         (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
         (dict(workers=-1), ValueError, "workers must be at least 0, got -1"),
-        (dict(topk=0), ValueError, "topk must be at least 1, got 0"),
         (dict(learning_rate=0.0), ValueError, "learning_rate must be positive and finite, got 0"),
         (dict(weight_decay="nan"), ValueError, "weight_decay must be at least 0, got nan"),
         (dict(test_share=1.0), ValueError, r"test_share must be in \(0, 1\), got 1"),
@@ -81,11 +80,11 @@ def test_the_command_line_has_the_same_options():
     parser = argparse.ArgumentParser()
     config.add_arguments(parser)
     assert vars(parser.parse_args([])) == {}
-    flags = ["--student", "s", "--data", "d", "--topk", "5", "--alpha", "1", "--no-tensorboard"]
+    flags = ["--student", "s", "--data", "d", "--alpha", "1", "--no-tensorboard"]
     flags += ["--hints", "[{student: a, teacher: b}]", "--write-teacher-predictions"]
     found = Config.of(vars(parser.parse_args(flags)))
     hints = [{"student": "a", "teacher": "b"}]
-    given = dict(topk=5, alpha=1.0, tensorboard=False, write_teacher_predictions=True)
+    given = dict(alpha=1.0, tensorboard=False, write_teacher_predictions=True)
     assert found == Config(hints=hints, **given, **LEAST)
     text = parser.format_help()
     for each in config.fields():

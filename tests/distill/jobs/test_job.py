@@ -149,14 +149,10 @@ def test_a_teacher_that_was_written_to_a_file_makes_the_same_student(made, tmp_p
     assert_trained_alike(live, read, weights(made / "student"), 1e-4)
 
 
-def test_the_most_probable_classes_of_a_teacher(made, tmp_path):
+def test_a_file_is_of_the_same_number_of_blocks_only(made, tmp_path):
     file = tmp_path / "teacher.safetensors"
-    given = dict(teacher_predictions=file, write_teacher_predictions=True, topk=4)
-    Job(options(made, tmp_path, **given)).run()
-    from kdkernels.distill import open_predictions
-
-    assert open_predictions(file).ids.shape[1:] == (16, 4)
-    # Read again: of the same number of blocks only.
+    Job(options(made, tmp_path, teacher_predictions=file, write_teacher_predictions=True)).run()
+    assert open_predictions(file).shape[1:] == (16, V)
     texts(tmp_path / "less", count=3)
     refused(
         made,
@@ -181,21 +177,18 @@ def test_predictions_for_other_examples_are_refused(made, pictures, tmp_path):
 
 
 def test_what_cannot_be_written_is_found_before_the_first_step(made, tmp_path):
-    given = dict(teacher_predictions=tmp_path / "top.safetensors", write_teacher_predictions=True)
-    refused(made, tmp_path, rf"topk must be in \[1, {V}\], got 99", topk=99, **given)
     (tmp_path / "file").touch()
-    given["teacher_predictions"] = tmp_path / "file" / "top.safetensors"
-    refused(made, tmp_path, "file", error=OSError, topk=2, **given)
+    path = tmp_path / "file" / "t.safetensors"
+    given = dict(teacher_predictions=path, write_teacher_predictions=True)
+    refused(made, tmp_path, "file", error=OSError, **given)
 
 
-def test_padding_is_not_among_the_most_probable_classes(made, tmp_path):
+def test_padding_is_not_written(made, tmp_path):
     padded = language_model(tmp_path / "padded", seed=3, vocab_size=2 * V)
-    path = tmp_path / "top.safetensors"
+    path = tmp_path / "t.safetensors"
     given = dict(teacher=padded, teacher_predictions=path, write_teacher_predictions=True)
-    Job(options(made, tmp_path, topk=V, **given)).run()
-    stored = open_predictions(path)
-    assert stored.ids.max() == V - 1
-    torch.testing.assert_close(stored.logprobs.exp().sum(-1), torch.ones(stored.ids.shape[:-1]))
+    Job(options(made, tmp_path, **given)).run()
+    assert open_predictions(path).shape[1:] == (16, V)
 
 
 def test_a_teacher_is_trained_first_on_labels_alone(made, tmp_path):
@@ -324,13 +317,12 @@ def test_options_that_do_not_go_together(made, tmp_path):
     file = tmp_path / "x.safetensors"
     write = dict(teacher_predictions=file, write_teacher_predictions=True)
     refused(made, tmp_path, "needs a teacher and", write_teacher_predictions=True)
-    refused(made, tmp_path, "topk goes with", topk=4)
+    refused(made, tmp_path, "tail goes with teacher_cache", tail="bucket")
     refused(
         made,
         tmp_path,
-        "must end in .safetensors, got x.npy",
-        topk=4,
-        **{**write, "teacher_predictions": "x.npy"},
+        "must end in .safetensors or .npy, got x.pt",
+        **{**write, "teacher_predictions": "x.pt"},
     )
     refused(made, tmp_path, "length must be at most 64, the positions", length=65)
     refused(made, tmp_path, "temperature must be in", temperature=0.0)
@@ -343,12 +335,11 @@ def test_options_that_do_not_go_together(made, tmp_path):
     refused(made, tmp_path, "hints must be of kind", hints=[{**hint, "kind": "logits"}])
     refused(made, tmp_path, "name a module of the teacher", hints=[{"student": "model"}])
     refused(made, tmp_path, "hints need the teacher itself", hints=[hint], **write)
+    alone = dict(hints=[hint], teacher=None, alpha=0.0)
+    refused(made, tmp_path, "hints need the teacher itself, not labels alone", **alone)
 
 
-def test_options_of_a_file_that_the_loss_has_no_answer_for(made, tmp_path):
-    given = dict(teacher_predictions=tmp_path / "x.safetensors", write_teacher_predictions=True)
-    refused(made, tmp_path, "temperature must be 1 with TopK", topk=4, temperature=2.0, **given)
-    assert not (tmp_path / "x.safetensors").exists()
+def test_a_file_of_other_inputs(made, tmp_path):
     np.save(tmp_path / "t.npy", np.zeros((3, 16, V), np.float32))
     refused(made, tmp_path, "inputs, got 3", teacher_predictions=tmp_path / "t.npy")
 

@@ -7,13 +7,13 @@ import torch
 
 pytest.importorskip("mistral_common")
 pytest.importorskip("transformers")
-pytest.importorskip("safetensors")
+pytest.importorskip("zstandard")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from kdkernels import KDLoss, LinearHead, TopK
+from kdkernels import KDLoss, LinearHead, TopK, cache
 from kdkernels.distill import validation
-from kdkernels.distill.offline import open_predictions, write_predictions
+from kdkernels.distill.capture import write_cache
 from kdkernels.distill.presets import text, text_demo
 
 TINY = dict(steps=2, teacher_steps=2, blocks=4, topk=4)
@@ -30,14 +30,24 @@ def corpus(tokenizer):
 
 
 @pytest.fixture
-def small(corpus, monkeypatch):
-    """The demo with four held-out blocks, and its measurements as short as can be."""
+def small(tokenizer, corpus, monkeypatch):
+    """The demo with two held-out blocks, and its measurements as short as can be; what it measures
+    memory of is in the list."""
     held_out = text.Corpus(
-        corpus.train, text.Blocks(corpus.test.ids[:4]), *list(vars(corpus).values())[2:]
+        corpus.train, text.Blocks(corpus.test.ids[:2]), *list(vars(corpus).values())[2:]
     )
+    monkeypatch.setattr(text, "load_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(text, "load", lambda tokenizer: held_out)
     monkeypatch.setattr(validation, "SECONDS", 0.0)
-    monkeypatch.setattr(text_demo, "MEMORY_BLOCKS", 1)
+    monkeypatch.setattr(validation, "WARM_UP", 1)
+    measured = []
+
+    def peak_of(*args, **loss):
+        measured.append((*args, loss))
+        return 10.0 * len(measured)
+
+    monkeypatch.setattr(text_demo, "peak_of", peak_of)
+    return measured
 
 
 def test_the_tokenizer_gives_back_the_text(tokenizer, corpus):
@@ -91,12 +101,11 @@ def test_a_language_model_depends_on_its_seed_alone():
     assert any(not torch.equal(a, c) for a, _, c in pairs)
 
 
-def test_the_file_teaches_as_the_teacher_in_memory_does(corpus, tmp_path):
+def test_the_cache_teaches_as_the_teacher_in_memory_does(corpus, tmp_path):
     """The losses are those of a student that gets `TopK` of the teacher's logits at each step."""
     blocks = text.Blocks(corpus.train.ids[:4, :16])
     teacher = text.language_model(16, 0).requires_grad_(False)
-    write_predictions(tmp_path / "top.safetensors", teacher, blocks, topk=8)
-    stored = open_predictions(tmp_path / "top.safetensors", 4)
+    stored = write_cache(tmp_path / "cache", teacher, blocks, "topk:8")
 
     class InMemory(torch.nn.Module):
         def forward(self, input_ids):
@@ -156,7 +165,7 @@ def test_the_demo_tells_what_it_did(small, tmp_path, capsys, monkeypatch):
     assert results["options"] == {
         **TINY, "temperature": 1.0, "alpha": 0.9, "seed": 0, "backend": None
     }  # fmt: skip
-    teacher, hard, soft, kept = results["comparison"]
+    (teacher, hard, soft, kept), notes = results["comparison"], results["notes"]
     for row in results["comparison"]:
         assert torch.tensor(row["cross_entropy"]).exp().item() == pytest.approx(row["perplexity"])
         assert 1 < row["perplexity"] < 10 * text.VOCABULARY
@@ -167,10 +176,15 @@ def test_the_demo_tells_what_it_did(small, tmp_path, capsys, monkeypatch):
     assert kept["targets"] == "α = 0.9, T = 1, K = 4"
     for curve in results["curves"]:
         assert len(curve["steps"]) == len(curve["values"]) and curve["steps"][-1] == 2
-    assert results["memory"]["tokens"] == text.BLOCK
+    loss = dict(temperature=1.0, alpha=0.9, backend=None)
+    assert small == [(kind, text_demo.MEMORY_BLOCKS, loss) for kind in ("fused", "naive")]
+    tokens = text_demo.MEMORY_BLOCKS * text.BLOCK
+    assert results["memory"] == {"tokens": tokens, "fused_mb": 10.0, "naive_mb": 20.0}
+    assert any(f"for {tokens} tokens: 10 MB; as a formula in PyTorch: 20 MB" in x for x in notes)
     assert (tmp_path / "run" / text_demo.CURVES).read_bytes()[:4] == b"\x89PNG"
-    stored = open_predictions(tmp_path / "run" / text_demo.TOPK_FILE, 4)
-    assert stored.ids.shape == (4, text.BLOCK, 4)
+    stored = cache.open(tmp_path / "run" / text_demo.CACHE)
+    assert stored.tokens == 4 * text.BLOCK and stored.kind.spec == "topk:4"
+    assert any(f" {stored.bytes / stored.tokens:.0f} bytes a token" in x for x in notes)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
         f"Held-out perplexity: {hard['perplexity']:.0f} → {soft['perplexity']:.0f} with soft "

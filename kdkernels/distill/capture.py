@@ -1,0 +1,278 @@
+"""A teacher that runs here into a cache: once over the data, by one process or by many."""
+
+import os
+import time
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import __version__
+from ..cache import CacheMismatchError, TeacherCache, build, identity, kinds, manifest
+from ..cache.samples import KEY
+from ..source_rows import flat, map_rows
+from ..sources import LinearHead
+from . import checks
+from .predictions import inference, predict_with
+
+WAIT = 0.2  # seconds between two looks at what other processes have written
+KEYS = {"input_ids", "attention_mask", "labels"}  # of examples
+
+
+def write_cache(path, teacher, inputs, kind="topk:64", *, on_progress=None, **options):
+    """Writes what a teacher predicts for all samples of a data set -> `TeacherCache`.
+
+    Killed and started again, it goes on with the shards that are missing; the files are those of a
+    run that was not. Several processes, under torchrun or each started by hand, share the work:
+    each begins with shards of its own, goes on with those that nobody has, and returns when the
+    cache is complete.
+
+    Args:
+        path: the directory; made where it is missing.
+        teacher: a module that maps token ids (B, L) to logits (B, L, V), a `LinearHead`, or an
+            object that has `logits`. It runs where it is.
+        inputs: token ids (N, L), any integer dtype: a row is a sample. Or a map-style `Dataset`
+            whose examples are ids (L,), (ids, label), or dicts that have "input_ids" and may have
+            "labels" and an "attention_mask": 0 is padding, tokens with the same number beside each
+            other are a sample. The teacher gets samples without padding. Or a float tensor
+            (N, ...), images say, for each of which the teacher has one prediction (V,). What comes
+            twice is stored once.
+        kind: "topk:64", "sampled:50", "hidden:bf16", "dense:fp32", ...: `cache.kinds` lists them.
+        on_progress: None, or called from time to time with how many tokens are stored.
+        vocab_size: V, the classes that count; None: all columns of the teacher.
+        tokenizer: None, or whose ids they are: an object as `identity.of_tokenizer` takes it.
+        data: None, or a dict that says which data they are; kept, not looked at.
+        name: of the teacher; None: that of its class.
+        batch_size: samples of one length, beside each other, that the teacher gets at a time. Its
+            rounding may depend on it.
+        tail: of "topk", how it is read by default: "bucket" or "renormalize".
+        seed: of what is drawn.
+        shard_tokens: a shard ends when it has as many.
+
+    Raises:
+        TypeError, ValueError: arguments other than listed, predictions that the kind does not hold.
+        CacheMismatchError: the directory has another cache; the text says what differs.
+        ImportError: zstandard is missing (the extra `cache`).
+
+    Example:
+        cache = write_cache("teacher.cache", HiddenStates(model), blocks, "topk:64")
+        Distiller(student, cache, blocks, loss=KDLoss())
+    """
+    return Capture(path, teacher, inputs, kind, **options).run(on_progress)
+
+
+class Capture:
+    """What `write_cache` does, checked here and done by `run`; the arguments are the same.
+
+    Attributes:
+        tokens: how many will be stored.
+    """
+
+    def __init__(
+        self,
+        path,
+        teacher,
+        inputs,
+        kind="topk:64",
+        *,
+        vocab_size=None,
+        tokenizer=None,
+        data=None,
+        name=None,
+        batch_size=8,
+        tail="bucket",
+        seed=0,
+        shard_tokens=build.SHARD_TOKENS,
+    ):
+        import zstandard  # noqa: F401 - before the first prediction is made for nothing
+
+        checks.instance("teacher", teacher, nn.Module, "a torch.nn.Module")
+        checks.data(inputs, None)
+        for option, value in (("batch_size", batch_size), ("shard_tokens", shard_tokens)):
+            checks.integer(option, value, low=1)
+        checks.integer("seed", seed)
+        self.path, self.teacher, self.batch_size = Path(path), teacher, batch_size
+        self.device = next((x.device for x in teacher.parameters()), torch.device("cpu"))
+        are_values = isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
+        self.samples = _Values(inputs) if are_values else _Samples(inputs)
+        with inference(teacher):
+            first = self._predict([self.samples.content(0)])
+        self.head = (
+            first if isinstance(first, LinearHead) and str(kind).startswith("hidden") else None
+        )
+        if vocab_size is None:
+            vocab_size = _classes(first)
+        found = kinds.parse(kind, vocab_size, tail=tail, head=self.head)
+        if tokenizer is not None:
+            tokenizer = identity.of_tokenizer(tokenizer)
+        self.build = build.Build(
+            self.path,
+            manifest.describe(
+                found,
+                sample="values" if are_values else "tokens",
+                teacher=identity.of_teacher(teacher, name or type(teacher).__name__),
+                tokenizer=tokenizer,
+                data=data,
+                seed=seed,
+                library=__version__,
+            ),
+        )
+        self.samples.find(self.build.codec)
+        self.shards = build.cut(self.samples.lengths, shard_tokens)
+        self.tokens = int(self.samples.lengths.sum())
+
+    def run(self, on_progress=None):
+        """-> the `TeacherCache`, complete"""
+        on_progress = on_progress or (lambda done: None)
+        rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        left = sorted(range(len(self.shards)), key=lambda number: number % world != rank)
+        while left:
+            on_progress(self.stored())
+            left = [number for number in left if not self._write(number, on_progress)]
+            if left:
+                time.sleep(WAIT)
+        # What is published may be of fewer inputs, full shards being the same, or of more.
+        published = self.build.is_published() and len(manifest.load(self.path).shards)
+        if published < len(self.shards):
+            self.build.publish(len(self.shards), self.head)
+        for lock in self.path.glob("shard-*.lock"):  # of shards that were damaged
+            lock.unlink(missing_ok=True)
+        return TeacherCache(self.path)
+
+    def stored(self):
+        """Tokens of the shards that somebody has written."""
+        paths = (self.path / build.NAME.format(number) for number in range(len(self.shards)))
+        there = (x for x, path in zip(self.shards, paths, strict=True) if path.exists())
+        return int(sum(self.samples.lengths[begin:end].sum() for begin, end in there))
+
+    def _write(self, number, on_progress):
+        """A shard -> whether it is there: another process may be writing it."""
+        with self.build.shard(number) as writer:
+            if writer is None:
+                return self._is_stored(number)
+            done = self.stored()
+            with inference(self.teacher):
+                for batch in self._batches(number):
+                    contents = [self.samples.content(*self.samples.places[k]) for k in batch]
+                    prediction = self._predict(contents)
+                    for place, k in enumerate(batch):
+                        mine = map_rows(prediction, lambda x, at=place: flat(x[at : at + 1]))
+                        rows, block = self.build.codec.encode(contents[place], mine)
+                        writer.add(self.samples.keys[k].tobytes(), block, rows)
+                    on_progress(done + writer.rows)
+        return True
+
+    def _is_stored(self, number):
+        """Raises CacheMismatchError: a shard is there, of other samples."""
+        shard = self.build.stored(number)
+        if shard is None:
+            return False
+        begin, end = self.shards[number]
+        if not np.array_equal(np.sort(self.samples.keys[begin:end]), shard.index["key"]):
+            raise CacheMismatchError(
+                f"{shard.path} must have samples {begin} to {end} of the inputs, it has others: "
+                "choose another path for other inputs, or another shard_tokens"
+            )
+        return True
+
+    def _batches(self, number):
+        """Samples of a shard, by number: of one length, in order, from its first on."""
+        begin, end = self.shards[number]
+        lengths = self.samples.lengths[begin:end]
+        ends = [*np.flatnonzero(np.diff(lengths)) + begin + 1, end]
+        for last in ends:
+            while begin < last:
+                yield range(begin, min(begin + self.batch_size, last))
+                begin = min(begin + self.batch_size, last)
+
+    def _predict(self, contents):
+        """A list of ids (n,) -> what the teacher says of them: (B, n, ...); of values (B, ...)"""
+        batch = torch.stack(contents).to(self.device)
+        inputs = {"input_ids": batch} if self.samples.named else batch
+        return predict_with(self.teacher, inputs)
+
+
+class _Samples:
+    """The samples of a data set, each once: where they are, how long, and their keys.
+
+    places: (M, 3): example, first token, last token + 1; lengths: (M,); keys: (M,), of 16 bytes.
+    """
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+        self.named = not isinstance(inputs, torch.Tensor) and isinstance(inputs[0], Mapping)
+
+    def find(self, codec):
+        """codec: of the cache, which says what a key is."""
+        places, keys = array("q"), bytearray()
+        for example in range(len(self.inputs)):
+            for begin, end in self._cut(example):
+                places.extend((example, begin, end))
+                _, content, _ = codec.sample.content(self.content(example, begin, end))
+                keys += codec.key(content)
+        keys = np.frombuffer(bytes(keys), f"V{KEY}")
+        if not len(keys):
+            raise ValueError("inputs must have a token that counts, all are masked")
+        first = np.sort(np.unique(keys, return_index=True)[1])
+        self.places = np.array(places).reshape(-1, 3)[first]
+        self.keys, self.lengths = keys[first], np.diff(self.places[:, 1:])[:, 0]
+
+    def content(self, example, begin=0, end=None):
+        """-> (n,)"""
+        return self._example(example)[0][begin:end]
+
+    def _cut(self, example):
+        return _runs(*self._example(example))
+
+    def _example(self, number):
+        """-> its ids (L,) and its mask (L,) or None"""
+        found, mask = self.inputs[int(number)], None
+        if isinstance(found, Mapping):
+            if unknown := sorted(found.keys() - KEYS):
+                raise ValueError(
+                    f"inputs must be found by their input_ids alone, the examples have {unknown}"
+                )
+            found, mask = found.get("input_ids"), found.get("attention_mask")
+        elif isinstance(found, (tuple, list)):
+            found = found[0]
+        ids = torch.as_tensor(found)
+        if ids.is_floating_point() or ids.dim() != 1:
+            raise TypeError(
+                f"inputs must be token ids, (L,) an example, got {ids.dtype} of shape "
+                f"{tuple(ids.shape)}"
+            )
+        return ids, None if mask is None else torch.as_tensor(mask)
+
+
+class _Values(_Samples):
+    """Tensors that are a sample each."""
+
+    def content(self, example, begin=0, end=None):
+        """-> (...)"""
+        return self.inputs[int(example)]
+
+    def _cut(self, example):
+        return [(0, 1)]
+
+
+def _runs(ids, mask):
+    """(begin, end) of tokens beside each other that have the same number in the mask, not 0."""
+    if mask is None:
+        return [(0, len(ids))]
+    mask = mask.numpy()
+    ends = [*np.flatnonzero(np.diff(mask)) + 1, len(mask)]
+    pairs = zip([0, *ends], ends, strict=False)
+    return [(begin, end) for begin, end in pairs if begin < end and mask[begin]]
+
+
+def _classes(prediction):
+    if isinstance(prediction, LinearHead):
+        return len(prediction.weight)
+    if isinstance(prediction, torch.Tensor):
+        return prediction.shape[-1]
+    raise ValueError(
+        f"vocab_size must be given for a teacher that returns {type(prediction).__name__}"
+    )
