@@ -12,6 +12,7 @@ import torch
 from kdkernels.objective import DIVERGENCES
 
 from . import measure, plots, report, results, scaling, targets
+from .cache import command as cache
 from .case import DTYPES
 from .devices import DEVICES
 from .peers.base import Missing
@@ -33,7 +34,8 @@ def parser():
         "before it is timed, and all of a case are timed in turns.",
         epilog="Exit status: 0; 1 if kdkernels is wrong somewhere; 2 for a wrong argument, or "
         "--device cuda without a GPU. benchmarks/README.md says how to read the tables. "
-        "`bench stages --help`: the parts of a kernel, one by one.",
+        "`bench stages --help`: the parts of a kernel, one by one. `bench cache --help`: a teacher "
+        "on disk.",
     )
     add = found.add_argument
     add("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
@@ -114,6 +116,8 @@ def main(argv=None):
         from .stages.command import main as stages
 
         return stages(argv[1:])
+    if argv[:1] == ["cache"]:
+        return cache.main(argv[1:])
     command = parser()
     settings = command.parse_args(argv)
     try:
@@ -136,7 +140,9 @@ def main(argv=None):
 def update(pages):
     """The pages of all result files, and then what other pages include of them."""
     for path in sorted(results.FOLDER.glob("*.json")):
-        publish(results.FOLDER, path.stem, json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        of_cache = document["suite"].startswith("cache-")
+        (cache.publish if of_cache else publish)(results.FOLDER, path.stem, document)
     for page in pages:
         text = results.include(page)
         with open(page, "w", encoding="utf-8") as file:
@@ -152,7 +158,9 @@ def planned(settings):
     """{suite: {case: names of variants}}; raises ValueError."""
     unknown = [name for name in settings.suites if name not in SUITES]
     if unknown:
-        raise ValueError(f"unknown suite {unknown[0]}: expected {', '.join(SUITES)} or stages")
+        raise ValueError(
+            f"unknown suite {unknown[0]}: expected {', '.join(SUITES)}, stages or cache"
+        )
     threads = max(settings.threads or [torch.get_num_threads()])
     plan = {}
     for suite in settings.suites or SUITES:

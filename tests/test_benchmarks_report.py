@@ -316,7 +316,7 @@ def test_listing(bench, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["dens"], "unknown suite dens: expected dense, linear, sparse, loop or stages"),
+        (["dens"], "unknown suite dens: expected dense, linear, sparse, loop, stages or cache"),
         (["dense", "--variants", "nobody"], "--variants nobody: expected some of compiled"),
         (["dense", "--dtypes", "int8"], "invalid choice: 'int8'"),
         (["dense", "--rows", "0"], "0: expected at least 1"),
