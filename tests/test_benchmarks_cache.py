@@ -190,7 +190,14 @@ def test_whole_predictions_are_those_of_fewer_blocks_or_of_a_part(predicted):
 @pytest.mark.parametrize("most", (0, 1, 2, 7, 100))
 def test_the_largest_that_fits_is_found(most):
     for limit in range(most + 1):
-        assert students.largest(lambda n, limit=limit: n <= limit, most) == limit
+        tried = []
+
+        def fits(n, limit=limit, tried=tried):
+            tried.append(n)
+            return n <= limit
+
+        assert students.largest(fits, most) == limit
+        assert max(tried, default=0) <= max(1, 2 * limit), "it is written to disk"
 
 
 # What is said

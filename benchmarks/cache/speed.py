@@ -28,7 +28,7 @@ from ..measure import say
 
 VOCAB, FEW, HIDDEN = 151_936, 1_000, 1_024  # classes; of "dense" and the head of "hidden"; H
 K, DRAWS = 64, 50
-LENGTHS = 512, 64, 2_048  # tokens of a sample
+LENGTHS = 64, 512, 2_048  # tokens of a sample
 BATCH = 4_096  # tokens that are read at a time
 CHUNK = 64  # rows of logits that exist at a time
 # How far above the others its classes stand, at most. "even" has none: all classes are alike.
@@ -55,6 +55,11 @@ class Settings:
     lengths: tuple[int, ...] = LENGTHS
     rounds: int = 5
 
+    @property
+    def usual(self):
+        """The length of samples that all is measured at."""
+        return self.lengths[len(self.lengths) // 2]
+
     def small(self):
         return Settings(2**10, 2**7, 5_000, 32, (64, 128), 2)
 
@@ -76,7 +81,7 @@ def measured(settings):
         pools, tokens, distinct = draw(teacher, settings)
         for kind, length in itertools.product(KINDS, settings.lengths):
             # What of a row is kept is the teacher's choice in the first two kinds only.
-            if teacher == REALISTIC or (kind in KINDS[:2] and length == settings.lengths[0]):
+            if teacher == REALISTIC or (kind in KINDS[:2] and length == settings.usual):
                 say(f"{kind}, samples of {length} tokens")
                 facts = dict(teacher=teacher, kind=kind, length=length, distinct=distinct)
                 yield {**facts, **measure(kind, pools[kind], tokens, length, settings)}
@@ -156,7 +161,7 @@ def measure(kind, pool, tokens, length, settings):
         for workers in (1, 2):
             name = f"workers_{workers}"
             speeds[name] = None
-            if length == settings.lengths[0] and kind in KINDS[:2]:
+            if length == settings.usual and kind in KINDS[:2]:
                 speeds[name] = by_workers(path, batches, workers)
         return {"vocab": vocab, **sizes(stored, path), **speeds}
 

@@ -176,8 +176,14 @@ def whole_predictions(predicted, method, kind, budget):
 
 
 def largest(fits, most):
-    """The largest number in [0, most] that fits: what is smaller than one that fits does too."""
-    low, high = 0, most
+    """The largest number in [0, most] that fits: what is smaller than one that fits does too.
+
+    Nothing much larger is tried: it is written to disk.
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high - 1, most)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -115,8 +115,8 @@ class Codec:
         """-> {name: numbers}"""
         found, k = {}, 0
         for column in self.columns:
-            found[column.name] = number(column, sections[k : k + column.width])
-            k += column.width
+            found[column.name] = number(column, sections[k : k + column.sections])
+            k += column.sections
         return found
 
 

@@ -257,7 +257,7 @@ class HiddenKind:
         if self.dtype != "fp8":
             return {"hidden": _as_floats(bits, self.dtype)}
         hidden = torch.from_numpy(_FP8_VALUES[bits])
-        return {"hidden": hidden.mul_(torch.from_numpy(columns["scale"])[:, None])}
+        return {"hidden": hidden.mul_(torch.from_numpy(columns["scale"].copy())[:, None])}
 
     def check(self, columns, decoded):
         if not decoded["hidden"].isfinite().all():

@@ -1,9 +1,9 @@
 """A block: what is stored of one sample, in sections.
 
-A column of numbers is split into byte planes, all their lowest bytes first, each plane a section:
+A column of integers is split into byte planes, all their lowest bytes first, each plane a section:
 the low bytes of ids and log-probabilities are noise, the high ones nearly constant, and apart from
-each other they pack well. A section is a frame of zstd, or its bytes as they are where that is not
-smaller, or nothing where all of them are 0.
+each other they pack well. Floats, of which a row has one, are a section. A section is a frame of
+zstd, or its bytes as they are where that is hardly smaller, or nothing where all of them are 0.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 from .errors import Malformed
 
 COMPRESSED = 1 << 31  # in a section's size
+WORTH = 24  # bytes that a frame must save: restoring one takes two microseconds
 LEVEL = 1  # zstd's: what is left to gain is entropy, not repetition
 # Of a block's bytes as they are, to those stored: more is not written and not believed, so that no
 # file makes a reader take memory out of proportion.
@@ -24,7 +25,7 @@ class Column(NamedTuple):
     """Numbers of a sample.
 
     dtype: little-endian.
-    width: bytes of a number that are stored, the lowest: a section of each.
+    width: bytes of an integer that are stored, the lowest: a section of each.
     per: "row" or "entry", of which a row has as many as the column "counts" says.
     times: numbers for each of them.
     """
@@ -34,6 +35,15 @@ class Column(NamedTuple):
     width: int
     per: str = "row"
     times: int = 1
+
+    @property
+    def sections(self):
+        return self.width if self.dtype[1] == "u" else 1
+
+    @property
+    def unit(self):
+        """Bytes of a number in a section."""
+        return self.width // self.sections
 
 
 def pack(columns, arrays):
@@ -83,18 +93,18 @@ def unpack(columns, block, rows, decompressor):
     Raises:
         Malformed: it is not what `pack` makes of these columns.
     """
-    count = sum(column.width for column in columns)
+    count = sum(column.sections for column in columns)
     if len(block) < 4 * count:
         raise Malformed(f"{len(block)} bytes, less than the sizes of {count} sections")
     sizes = np.frombuffer(block, "<u4", count).tolist()
     place, left = 4 * count, RATIO_FREE + LARGEST_RATIO * len(block)
     entries, found = 0, []
     for column in columns:
-        wanted = column.times * (rows if column.per == "row" else entries)
-        left -= wanted * column.width
+        wanted = column.times * (rows if column.per == "row" else entries) * column.unit
+        left -= wanted * column.sections
         if left < 0:
             raise Malformed("more than its bytes can hold")
-        for size in sizes[len(found) : len(found) + column.width]:
+        for size in sizes[len(found) : len(found) + column.sections]:
             stored = size & ~COMPRESSED
             content = block[place : place + stored]
             if size != stored:
@@ -106,23 +116,22 @@ def unpack(columns, block, rows, decompressor):
             found.append(content)
             place += stored
         if column.name == "counts":
-            entries = _entries(number(column, found[-column.width :]))
+            entries = _entries(number(column, found[-column.sections :]))
     if place != len(block):
         raise Malformed(f"sections of {place} bytes in a block of {len(block)}")
     return found
 
 
 def number(column, planes):
-    """Byte planes of a column -> (n,) of its dtype."""
-    dtype = np.dtype(column.dtype)
-    bits = np.frombuffer(planes[0], np.uint8).astype(f"<u{dtype.itemsize}")
-    for k, plane in enumerate(planes[1:], 1):
-        plane = np.frombuffer(plane, np.uint8)
-        if plane.any():
-            higher = plane.astype(bits.dtype)
-            higher <<= 8 * k
-            bits |= higher
-    return bits.view(dtype)
+    """Sections of a column -> (n,) of its dtype."""
+    if column.sections != column.width:
+        return np.frombuffer(planes[0], column.dtype)
+    *lower, highest = (np.frombuffer(plane, np.uint8) for plane in planes)
+    numbers = highest.astype(column.dtype)
+    for plane in reversed(lower):
+        numbers <<= 8
+        numbers |= plane
+    return numbers
 
 
 def _entries(counts):
@@ -135,6 +144,8 @@ def _entries(counts):
 
 def _split(column, array):
     array = np.ascontiguousarray(array, column.dtype).reshape(-1)
+    if column.sections != column.width:
+        return [array.tobytes()]
     planes = array.view(np.uint8).reshape(-1, array.itemsize)
     return [planes[:, k].tobytes() for k in range(column.width)]
 
@@ -144,6 +155,6 @@ def _smallest(section, compressor):
     if section.count(0) == len(section):
         return 0, b""
     packed = compressor.compress(section)
-    if len(packed) < len(section):
+    if len(packed) + WORTH < len(section):
         return len(packed) | COMPRESSED, packed
     return len(section), section

@@ -133,8 +133,8 @@ def planes(numbers, width):
 
 
 def floats(numbers):
-    """float32 -> [bytes of every plane]"""
-    return planes(np.asarray(numbers, "<f4").view("<u4"), 4)
+    """float32 -> [bytes of their section]"""
+    return [np.asarray(numbers, "<f4").tobytes()]
 
 
 def packed(sections, sizes=None):

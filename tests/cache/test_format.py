@@ -19,34 +19,37 @@ def canonical(facts):
 
 
 def columns_of(kind, rows, entries):
-    """(name, numbers, bytes of each), `entries` being known after "counts"."""
+    """(name, numbers, bytes of each, negative of floats), `entries` being known after "counts"."""
     found = {
         "topk": [("counts", rows, 2), ("gaps", entries, 2), ("below", entries, 2),
-                 ("peak", rows, 4), ("tail", rows, 4)],
+                 ("peak", rows, -4), ("tail", rows, -4)],
         "sampled": [("counts", rows, 2), ("gaps", entries, 2), ("draws", entries, 1)],
         "hidden": [("hidden", rows * kind.get("size", 0),
                     {"fp32": 4, "fp8": 1}.get(kind.get("dtype"), 2))],
         "dense": [("logits", rows * CLASSES, {"fp32": 4}.get(kind.get("dtype"), 2))],
     }[kind["name"]]  # fmt: skip
-    scale = [("scale", rows, 4)] if kind.get("dtype") == "fp8" else []
+    scale = [("scale", rows, -4)] if kind.get("dtype") == "fp8" else []
     return [("tokens", rows, 4), *found, *scale]
 
 
 def parsed(kind, block, rows):
     """-> {column: integers}"""
-    count = sum(width for _, _, width in columns_of(kind, rows, 0))
+    count = sum(max(1, width) for _, _, width in columns_of(kind, rows, 0))
     sizes = np.frombuffer(block, "<u4", count).tolist()
     place, found, entries = 4 * count, {}, 0
     for k in range(len(columns_of(kind, rows, 0))):
         name, numbers, width = columns_of(kind, rows, entries)[k]
         total = np.zeros(numbers, np.uint64)
-        for plane in range(width):
+        for plane in range(max(1, width)):
             size = sizes.pop(0)
             content = block[place : place + size % 2**31]
             place += size % 2**31
             if size >= 2**31:
                 content = zstandard.decompress(content)
-            content = content or bytes(numbers)
+            content = content or bytes(numbers * max(1, -width))
+            if width < 0:
+                total = np.frombuffer(content, "<u4").astype(np.uint64)
+                continue
             total += np.frombuffer(content, np.uint8).astype(np.uint64) << np.uint64(8 * plane)
         found[name] = total.astype(np.int64)
         entries = found["counts"].sum() if name == "counts" else entries

@@ -25,7 +25,7 @@ CLASSES, K, ROWS, STEP = 300, 3, 4, 2.0**-6  # of depths up to 8
 IDS = torch.tensor([7, 8, 9, 10])
 OTHERS = torch.tensor([1, 2])
 SHARD = "shard-00000.kdc"
-SECTIONS = 4 + 2 + 2 + 2 + 4 + 4  # of top-k: tokens, counts, gaps, below, peak, tail
+SECTIONS = 4 + 2 + 2 + 2 + 1 + 1  # of top-k: tokens, counts, gaps, below, peak, tail
 MEBIBYTE = 1 << 20
 
 
