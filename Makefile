@@ -45,9 +45,11 @@ lint: $(VENV)/lint.stamp
 	find csrc benchmarks/stages \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
 		xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
 
-# What is published, an hour: all suites, how their cost grows, and the pages that quote them.
+# What is published, two hours: all suites, teacher caches, how the cost grows, and the pages that
+# quote them.
 bench: $(VENV)/kdkernels.stamp $(VENV)/peers.stamp
 	$(BENCH) --out $(OUT)
+	$(BENCH) cache --out $(OUT)
 	$(BENCH) dense linear sparse --scale rows --out $(OUT)
 	$(BENCH) dense linear sparse --scale vocab --out $(OUT)
 	$(BENCH) sparse --scale k --out $(OUT)

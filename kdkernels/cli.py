@@ -148,12 +148,12 @@ def main(argv=None):
         return 130
 
 
-def _add(commands, name, text, examples, description=None):
+def _add(commands, name, text, examples, description=None, usage="[options]"):
     """A command, whose options are absent where they are not given."""
     return commands.add_parser(
         name,
         help=text,
-        usage="%(prog)s [options]" if description else None,
+        usage=f"%(prog)s {usage}" if description else None,
         description=description or text,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -212,6 +212,7 @@ def _add_cache(commands):
         "a teacher's predictions on disk: build, verify, info, import, export",
         "",
         CACHE,
+        "ACTION [options]",
     )
     actions = both.add_subparsers(
         prog="python -m kdkernels cache", dest="command", required=True, metavar="ACTION"
@@ -230,7 +231,14 @@ def _add_cache(commands):
 
 
 def _add_exchange(actions):
-    come = _add(actions, "import", "predictions of other programs", IMPORT_EXAMPLES, IMPORT)
+    come = _add(
+        actions,
+        "import",
+        "predictions of other programs",
+        IMPORT_EXAMPLES,
+        IMPORT,
+        "FILE --teacher NAME [options]",
+    )
     come.add_argument("file", metavar="FILE", help=".jsonl or .npy")
     come.add_argument("--teacher", metavar="NAME", required=True, help="what it is called")
     come.add_argument(
@@ -317,8 +325,8 @@ def _sweep(arguments):
 def _build(arguments):
     from .distill.jobs import CacheJob
 
-    _quiet()
     try:
+        _quiet()
         CacheJob(CacheConfig.of(_given(arguments))).run()
     except WRONG as error:
         return _wrong(arguments.command, error)

@@ -61,8 +61,9 @@ def test_a_run_writes_what_it_measured(tmp_path, capsys):
         assert all(row["kind"] is None or row["kind"] in printed for row in document["rows"])
 
     for row in documents["cache-speed"]["rows"]:
-        parts = sum(row[f"bytes_{part}"] for part in speed.PARTS)
-        assert row["bytes"] == pytest.approx(parts) and row["bytes_tokens"] > 0
+        parts = [row[f"bytes_{part}"] for part in speed.PARTS]
+        assert min(parts) >= 0 and sum(parts) == pytest.approx(row["bytes"])
+        assert row["bytes_tokens"] > 0
         assert (row["bytes_ids"] > 0) == row["kind"].startswith(("topk", "sampled"))
         for name in ("write", "first", "again"):
             assert 0 < row[f"{name}_min"] <= row[name] <= row[f"{name}_max"]

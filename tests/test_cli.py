@@ -213,6 +213,14 @@ def test_an_unknown_command_or_preset_is_code_2(arguments):
     assert stop.value.code == 2
 
 
+def test_usage_of_the_cache_has_what_must_be_given(capsys):
+    for command, wanted in ((["cache"], "ACTION"), (["cache", "import"], "FILE --teacher NAME")):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+        usage = f"usage: python -m kdkernels {' '.join(command)} {wanted} [options]\n"
+        assert capsys.readouterr().out.startswith(usage)
+
+
 def test_help_is_code_0(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["distill", "--help"])

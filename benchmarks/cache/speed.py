@@ -170,7 +170,7 @@ def sizes(stored, path):
     """Bytes a token on disk, without a head, and what they are for."""
     found = dict.fromkeys(PARTS, 0)
     columns = stored.codec.columns
-    names = [column.name for column in columns for _ in range(column.width)]
+    names = [column.name for column in columns for _ in range(column.sections)]
     for shard in stored.shards:
         for place in range(len(shard)):
             begin = np.frombuffer(shard.block(place), "<u4", len(names))

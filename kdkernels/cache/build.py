@@ -10,7 +10,7 @@ import hashlib
 from filelock import FileLock, Timeout
 
 from .. import files as storage
-from . import manifest
+from . import kinds, manifest
 from .codec import Codec
 from .errors import CacheCorruptError, CacheMismatchError
 from .shard import NAME, Shard, ShardWriter
@@ -124,16 +124,8 @@ def cut(lengths, tokens):
     return shards + [(begin, len(lengths))] * (begin < len(lengths))
 
 
-def head_tensors(head):
-    """A `LinearHead` -> its {"weight": (V, H), "bias": (V,)}, on the CPU."""
-    named = {"weight": head.weight, "bias": head.bias}
-    return {name: x.detach().cpu().contiguous() for name, x in named.items() if x is not None}
-
-
 def _write_head(path, head):
-    from safetensors.torch import save
-
-    content = save(head_tensors(head))
+    content = kinds.head_file(head)
     storage.sweep(path)
     with storage.atomic(path) as file:
         file.write(content)

@@ -90,7 +90,7 @@ class Codec:
         decompressor = Decompressor()
 
         def unpacked(shard, place, wanted=None):
-            rows = int(shard.index["rows"][place])
+            rows = int(shard.lengths[place])
             if wanted is not None and rows != wanted:
                 shard.damaged(place, f"a sample of {rows} rows, {wanted} are wanted")
             try:

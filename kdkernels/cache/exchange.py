@@ -125,6 +125,8 @@ def _sample(line):
     """-> token ids (n,), `TopK` of n rows"""
     if "prompt_logprobs" in line:
         tokens = line["prompt_token_ids"]
+        if line["prompt_logprobs"][:1] != [None]:
+            raise ValueError("prompt_logprobs must begin with null, of the first token")
         rows = [_pairs(each) for each in [*line["prompt_logprobs"][1:], None]]
     else:
         tokens = line["token_ids"]

@@ -56,15 +56,15 @@ def of_tokenizer(tokenizer):
     Returns:
         {"digest": 64 hexadecimal digits, "size": one more than the largest id,
         "special_tokens": {name: id}}, the names being those of `transformers`, or the token itself
-        where that has none.
+        where that has none; the id None where the vocabulary lacks the token.
     """
     if hasattr(tokenizer, "get_vocab"):
         pairs = [(k, token) for token, k in tokenizer.get_vocab().items()]
         roles = dict(tokenizer.special_tokens_map)
         named = {token: k for k, token in pairs}
-        special = {name: named[str(token)] for name, token in roles.items()}
+        special = {name: named.get(str(token)) for name, token in roles.items()}
         others = set(map(str, tokenizer.all_special_tokens)) - set(map(str, roles.values()))
-        special.update((token, named[token]) for token in others)
+        special.update((token, named.get(token)) for token in others)
     else:
         pairs = list(enumerate(tokenizer.vocab()))
         roles = ("bos", "eos", "pad", "unk")

@@ -6,6 +6,7 @@ hidden:fp32|bf16|fp16|fp8      the last hidden states, for the teacher's head
 dense:fp32|bf16|fp16           all logits
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 
@@ -43,7 +44,7 @@ class TopKKind:
 
     The largest is stored such that all probabilities and the tail sum to 1. A log-probability is
     off by up to half a step of its depth, and by a shift of all of its row, as much at most as the
-    largest of these errors: by 2⁻⁶ in all, or 2⁻⁹ of the row's depth where that is more.
+    largest of these errors: by 2⁻⁶ in all, or 2⁻⁸ of the row's depth where that is more.
     """
 
     name = "topk"
@@ -62,13 +63,14 @@ class TopKKind:
 
     def describe(self):
         # With room for the rounding of float32.
-        bound = {"logprobs": {"absolute": 2.0**-6 * (1 + 2.0**-8), "of_depth": 2.0**-9}}
+        bound = {"logprobs": {"absolute": 2.0**-6 * (1 + 2.0**-8), "of_depth": 2.0**-8}}
         return {"name": "topk", "k": self.k, "tail": self.tail, "bound": bound}
 
     def encode(self, prediction, seed):
         """`TopK`, or logits or a `LinearHead` whose most probable classes are taken: n rows."""
         _one_of(prediction, TopK, torch.Tensor, LinearHead)
         if not isinstance(prediction, TopK):
+            _check_logits(prediction, self.vocab_size)
             prediction = TopK(**most_probable(prediction, self.k, self.vocab_size))
         ids = _entries("ids", prediction.ids, self.vocab_size)  # (n, k)
         logprobs = prediction.logprobs.detach().cpu().double().numpy()
@@ -154,6 +156,7 @@ class SampledKind:
         """`Sampled`, or logits or a `LinearHead` that are drawn from: n rows; seed: below 2⁶⁴."""
         _one_of(prediction, Sampled, torch.Tensor, LinearHead)
         if not isinstance(prediction, Sampled):
+            _check_logits(prediction, self.vocab_size)
             prediction = self.draw(prediction, seed)
         ids = _entries("ids", prediction.ids, self.vocab_size)  # (n, k)
         draws = prediction.counts.detach().cpu().double().numpy()
@@ -213,12 +216,15 @@ class SampledKind:
 
 
 class HiddenKind:
-    """The teacher's last hidden states, for its head, which lies beside the shards."""
+    """The teacher's last hidden states, for its head, which lies beside the shards.
+
+    head: SHA-256, hex, of its file: other weights would make other predictions of them.
+    """
 
     name = "hidden"
 
-    def __init__(self, vocab_size, dtype, size, logit_scale=1.0, softcap=None):
-        self.vocab_size, self.dtype, self.size = vocab_size, dtype, size
+    def __init__(self, vocab_size, dtype, size, head, logit_scale=1.0, softcap=None):
+        self.vocab_size, self.dtype, self.size, self.head = vocab_size, dtype, size, head
         self.logit_scale, self.softcap = logit_scale, softcap
         self.spec = f"hidden:{dtype}"
         self.columns = _floats("hidden", dtype, size)
@@ -230,6 +236,7 @@ class HiddenKind:
             "name": "hidden",
             "dtype": self.dtype,
             "size": self.size,
+            "head": self.head,
             "logit_scale": self.logit_scale,
             "softcap": self.softcap,
             "bound": _bound("hidden", self.dtype),
@@ -242,7 +249,7 @@ class HiddenKind:
         _finite("hidden", hidden, self.size, infinite=False)
         if self.dtype != "fp8":
             return {"hidden": _rounded("hidden", hidden, self.dtype)}
-        hidden = hidden.detach().cpu().float()
+        hidden = _cast("hidden", hidden, "fp32")
         largest = hidden.abs().amax(-1, keepdim=True)
         # A power of 2, so that it rounds nothing.
         scale = torch.exp2(torch.ceil(torch.log2(largest / FP8_LARGEST)).clamp(-126, 127))
@@ -292,11 +299,14 @@ class DenseKind:
     def encode(self, prediction, seed):
         """Logits (n, V), or a `LinearHead` of n rows."""
         _one_of(prediction, torch.Tensor, LinearHead)
+        _check_logits(prediction, self.vocab_size)
         if isinstance(prediction, LinearHead):
             chunks = [x.cpu() for _, x in logit_chunks(prediction, self.vocab_size)]
             prediction = torch.cat(chunks)
         logits = prediction[:, : self.vocab_size]
         _finite("logits", logits, self.vocab_size, infinite=True)
+        if (logits == -math.inf).all(-1).any():
+            raise ValueError("logits must have a finite one in each row, got −inf only")
         return {"logits": _rounded("logits", logits, self.dtype)}
 
     def decode(self, columns):
@@ -341,7 +351,8 @@ def parse(spec, vocab_size, *, tail="bucket", head=None):
     if name == "hidden" and option in (*FLOATS, "fp8"):
         size, scale, softcap = head.weight.shape[1], float(head.logit_scale), head.softcap
         _check_head(size, scale, softcap)
-        return HiddenKind(vocab_size, option, size, scale, softcap)
+        digest = hashlib.sha256(head_file(head)).hexdigest()
+        return HiddenKind(vocab_size, option, size, digest, scale, softcap)
     if name == "dense" and option in FLOATS:
         return DenseKind(vocab_size, option)
     raise ValueError(
@@ -366,6 +377,14 @@ def of(facts, vocab_size):
     return kind
 
 
+def head_file(head):
+    """A `LinearHead` -> the bytes of head.safetensors: its weight (V, H), its bias (V,)."""
+    from safetensors.torch import save
+
+    named = {"weight": head.weight, "bias": head.bias}
+    return save({name: x.detach().cpu().contiguous() for name, x in named.items() if x is not None})
+
+
 def most_probable(prediction, k, vocab_size=None):
     """Of the rows of logits or a `LinearHead` (..., V), the most probable classes, in that order.
 
@@ -379,11 +398,13 @@ def most_probable(prediction, k, vocab_size=None):
     for _, logits in logit_chunks(prediction, vocab_size):
         if k > logits.shape[-1]:
             raise ValueError(f"k must be in [1, {logits.shape[-1]}], got {k}")
-        total = logits.logsumexp(-1, keepdim=True)
+        top, which = logits.topk(k, -1)  # (n, k)
+        # Below the largest, so that nothing is lost where all of them are large.
+        peak = top[:, :1]
+        total = (logits - peak).logsumexp(-1, keepdim=True)
         if not total.isfinite().all():
             raise ValueError("teacher's predictions must be finite or −inf, got NaN or +inf")
-        top, which = logits.topk(k, -1)  # (n, k)
-        logprobs.append((top - total).clamp_(max=0).cpu())  # rounding
+        logprobs.append((top - peak - total).clamp_(max=0).cpu())  # rounding
         ids.append(which.cpu())
     return {"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}
 
@@ -396,11 +417,12 @@ def _of(facts, vocab_size):
         return parse(f"topk:{facts['k']}", vocab_size, tail=facts["tail"])
     if name == "hidden":
         _check_classes(vocab_size)
-        size, scale, softcap = (facts[fact] for fact in ("size", "logit_scale", "softcap"))
-        if facts["dtype"] not in (*FLOATS, "fp8") or type(size) is not int:
-            raise Malformed("its dtype or its size")
+        names = "size", "head", "logit_scale", "softcap"
+        size, head, scale, softcap = (facts[name] for name in names)
+        if facts["dtype"] not in (*FLOATS, "fp8") or (type(size), type(head)) != (int, str):
+            raise Malformed("its dtype, its size or its head")
         _check_head(size, scale, softcap)
-        return HiddenKind(vocab_size, facts["dtype"], size, float(scale), softcap)
+        return HiddenKind(vocab_size, facts["dtype"], size, head, float(scale), softcap)
     return parse(f"{name}:{facts['draws' if name == 'sampled' else 'dtype']}", vocab_size)
 
 
@@ -433,6 +455,18 @@ def _one_of(prediction, *kinds):
     if not isinstance(prediction, kinds):
         wanted = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"prediction must be one of {wanted}, got {type(prediction).__name__}")
+
+
+def _check_logits(prediction, vocab_size):
+    """Logits or a `LinearHead` of n rows: of that many classes at least."""
+    is_head = isinstance(prediction, LinearHead)
+    rows = prediction.hidden if is_head else prediction
+    classes = len(prediction.weight) if is_head else rows.shape[-1]
+    if not rows.is_floating_point() or rows.dim() != 2 or classes < vocab_size:
+        raise ValueError(
+            f"prediction must be floating point of n rows and {vocab_size} classes or more, got "
+            f"{rows.dtype} of shape {tuple(rows.shape)} and {classes} classes"
+        )
 
 
 def _entries(name, ids, vocab_size):
@@ -508,7 +542,8 @@ def _floats(name, dtype, times):
 
 def _bound(name, dtype):
     if dtype == "fp8":
-        return {name: {"relative": 2.0**-4, "of_largest_in_row": 2.0**-17}}
+        # The scale is 2⁻¹²⁶ at least: then of what is as small as that.
+        return {name: {"relative": 2.0**-4, "of_largest_in_row": 2.0**-17, "absolute": 2.0**-136}}
     # Of what is subnormal, half of the smallest number there is.
     smallest = torch.finfo(FLOATS[dtype]).smallest_normal * ROUNDING[dtype]
     return {name: {"relative": ROUNDING[dtype], "absolute": smallest}}
@@ -527,11 +562,17 @@ def _finite(name, x, size, infinite):
 
 def _rounded(name, x, dtype):
     """(n, size) -> the bits of its numbers in the dtype."""
-    rounded = x.detach().cpu().to(FLOATS[dtype]).contiguous()
-    if (rounded.isinf() & ~x.detach().cpu().isinf()).any():
-        raise ValueError(f"{name} must be in the range of {dtype}, got {x.abs().max():.4g}")
+    rounded = _cast(name, x, dtype).contiguous()
     bits = {4: torch.int32, 2: torch.int16}[rounded.itemsize]
     return rounded.view(bits).numpy().view(f"<u{rounded.itemsize}")
+
+
+def _cast(name, x, dtype):
+    x = x.detach().cpu()
+    rounded = x.to(FLOATS[dtype])
+    if (rounded.isinf() & ~x.isinf()).any():
+        raise ValueError(f"{name} must be in the range of {dtype}, got {x.abs().max():.4g}")
+    return rounded
 
 
 def _as_floats(bits, dtype):

@@ -2,6 +2,7 @@
 does not name is not there."""
 
 import hashlib
+import json
 import re
 from typing import NamedTuple
 
@@ -18,6 +19,12 @@ DESCRIBED = (
     *("format", "kind", "vocab_size", "sample", "temperature", "teacher", "tokenizer", "data"),
     *("seed", "library"),
 )
+# What of it is to be said of whom, where it is said.
+IDENTITIES = {
+    "teacher": {"name": str},
+    "tokenizer": {"digest": str, "size": int, "special_tokens": dict},
+    "data": {},
+}
 SHARD_FACTS = {"name": str, "bytes": int, "samples": int, "rows": int, "root": str}
 FILE_FACTS = {"name": str, "bytes": int, "sha256": str}
 
@@ -33,17 +40,27 @@ class Manifest(NamedTuple):
 
 
 def describe(kind, *, sample="tokens", teacher, tokenizer=None, data=None, seed=0, library):
-    """What a cache is: which predictions, of whom, for what."""
+    """What a cache is: which predictions, of whom, for what, as it is read again.
+
+    Raises:
+        TypeError: what it says is not JSON, or a teacher, tokenizer or data that do not say what
+            is needed.
+    """
+    named = {"teacher": teacher, "tokenizer": tokenizer, "data": data, "seed": seed}
+    for name, value in named.items():
+        try:
+            named[name] = json.loads(canonical(value))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be what JSON can say, got {value!r:.100}") from error
+    if wrong := _unidentified(named):
+        raise TypeError(wrong)
     return {
         "format": FORMAT,
         "kind": kind.describe(),
         "vocab_size": kind.vocab_size,
         "sample": sample,
         "temperature": 1.0,
-        "teacher": teacher,
-        "tokenizer": tokenizer,
-        "data": data,
-        "seed": seed,
+        **named,
         "library": library,
     }
 
@@ -126,6 +143,8 @@ def _check(manifest):
             raise Malformed(f"its description does not say its {fact}")
     if description["temperature"] != 1:
         raise Malformed(f"temperature must be 1, got {description['temperature']!r:.100}")
+    if wrong := _unidentified(description):
+        raise Malformed(wrong)
     kind = kind_of(description)
     samples.kind_of(description["sample"])
     _check_files("shards", manifest.shards, SHARD_FACTS)
@@ -136,9 +155,22 @@ def _check(manifest):
     names = [facts["name"] for facts in manifest.shards]
     if len(set(names)) != len(names):
         raise Malformed("a shard twice")
-    heads = [HEAD] if kind.name == "hidden" else []
-    if [facts["name"] for facts in manifest.files] != heads:
+    heads = [(HEAD, kind.head)] if kind.name == "hidden" else []
+    if [(facts["name"], facts["sha256"]) for facts in manifest.files] != heads:
         raise Malformed(f"files must be {heads}")
+
+
+def _unidentified(description):
+    """What is wrong with its teacher, tokenizer or data, or None."""
+    for name, wanted in IDENTITIES.items():
+        facts = description[name]
+        if facts is None and name != "teacher":
+            continue
+        right = isinstance(facts, dict)
+        if not (right and all(type(facts.get(key)) is kind for key, kind in wanted.items())):
+            what = f" that says its {', '.join(wanted)}" if wanted else ""
+            return f"{name} must be a dict{what}, got {facts!r:.100}"
+    return None
 
 
 def _check_files(name, files, wanted):

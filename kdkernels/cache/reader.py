@@ -10,7 +10,10 @@ from ..sources import LinearHead
 from . import kinds, manifest, samples
 from .codec import Codec
 from .errors import CacheCorruptError, CacheMismatchError, CacheMissError, Malformed
+from .sections import zstd
 from .shard import Shard, halves, opened
+
+ROWS = 2048  # that are decoded at a time, of several samples
 
 
 class TeacherCache:
@@ -46,8 +49,7 @@ class TeacherCache:
     """
 
     def __init__(self, path, *, tail=None, device="cpu", expect=None):
-        import zstandard  # noqa: F401 - before the first batch
-
+        zstd()  # before the first batch
         if tail is not None and tail not in kinds.TAILS:
             raise ValueError(f"tail must be one of {', '.join(kinds.TAILS)}, got {tail!r}")
         self.path, self.tail, self.device = Path(path), tail, torch.device(device)
@@ -119,10 +121,16 @@ class TeacherCache:
         shards, places_in_index = self._find(contents)
         if (shards < 0).any():
             self._missed(contents, shards)
-        decoded = self.codec.decode(contents, [self.shards[k] for k in shards], places_in_index)
+        files = [self.shards[k] for k in shards]
+        some = [
+            self.codec.decode(contents[here], files[here], places_in_index[here])
+            for here in _groups([rows for rows, _, _ in contents])
+        ]
         tensors = {}
-        for name, values in decoded.items():
-            found = torch.as_tensor(values)
+        for name in some[0]:
+            found = _together(
+                [torch.as_tensor(each[name]) for each in some], self.kind.padding[name]
+            )
             if places is not None:
                 everywhere = found.new_full(
                     (np.prod(shape), found.shape[1]), self.kind.padding[name]
@@ -153,7 +161,7 @@ class TeacherCache:
             if mask is not None:
                 raise ValueError("mask goes with token ids, this cache is of values")
             return list(ids), (len(ids),), None
-        if isinstance(ids, (list, tuple)) and not (ids and isinstance(ids[0], int)):
+        if isinstance(ids, (list, tuple)) and (not ids or np.ndim(ids[0])):
             wanted = [samples.as_integers("ids", each) for each in ids]
             if mask is not None:
                 raise ValueError("mask goes with ids (B, L), got a list of samples")
@@ -200,6 +208,27 @@ class TeacherCache:
             f"{first} of the batch, {rows} tokens that begin {begins}; it was written for "
             f"{self.description['data']}"
         )
+
+
+def _groups(lengths):
+    """Samples that are decoded at a time, as slices: what is in between fits into caches, and into
+    memory that was used before."""
+    begin, rows = 0, 0
+    for k, length in enumerate(lengths):
+        if rows and rows + length > ROWS:
+            yield slice(begin, k)
+            begin, rows = k, 0
+        rows += length
+    yield slice(begin, len(lengths))
+
+
+def _together(tensors, padding):
+    """(m, ·) each -> (Σ m, widest)"""
+    if len(tensors) == 1:
+        return tensors[0]
+    widest = max(x.shape[1] for x in tensors)
+    wide = (torch.nn.functional.pad(x, (0, widest - x.shape[1]), value=padding) for x in tensors)
+    return torch.cat([*wide])
 
 
 def verify(path, on_sample=None):
@@ -259,7 +288,7 @@ def _read_head(folder, facts, kind):
     path = folder / facts["name"]
     try:
         with open(opened(path), "rb") as file:
-            content = file.read()
+            content = file.read(facts["bytes"] + 1)  # and no more, whatever is there
     except FileNotFoundError as error:
         raise CacheCorruptError.at(path, "file", 0, facts["bytes"], "it is missing") from error
     if hashlib.sha256(content).hexdigest() != facts["sha256"]:

@@ -6,7 +6,7 @@ each other they pack well. Floats, of which a row has one, are a section. A sect
 zstd, or its bytes as they are where that is hardly smaller, or nothing where all of them are 0.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,13 +21,29 @@ LARGEST_RATIO, RATIO_FREE = 1024, 1 << 20
 GRID_FREE = 1 << 24  # the same of a block's rows times the entries of its widest, to all entries
 
 
-class Column(NamedTuple):
+def zstd():
+    """The module `zstandard`.
+
+    Raises:
+        ImportError: it is missing; the text says what brings it.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'kdkernels[cache]'") from error
+    return zstandard
+
+
+@dataclass(frozen=True)
+class Column:
     """Numbers of a sample.
 
     dtype: little-endian.
     width: bytes of an integer that are stored, the lowest: a section of each.
     per: "row" or "entry", of which a row has as many as the column "counts" says.
     times: numbers for each of them.
+
+    sections: how many it is; unit: bytes of a number in each.
     """
 
     name: str
@@ -35,15 +51,13 @@ class Column(NamedTuple):
     width: int
     per: str = "row"
     times: int = 1
+    sections: int = field(init=False)
+    unit: int = field(init=False)
 
-    @property
-    def sections(self):
-        return self.width if self.dtype[1] == "u" else 1
-
-    @property
-    def unit(self):
-        """Bytes of a number in a section."""
-        return self.width // self.sections
+    def __post_init__(self):
+        # Kept, not computed when asked: for a short sample it would be much of the reading.
+        object.__setattr__(self, "sections", self.width if self.dtype[1] == "u" else 1)
+        object.__setattr__(self, "unit", self.width // self.sections)
 
 
 def pack(columns, arrays):
@@ -52,11 +66,9 @@ def pack(columns, arrays):
     Raises:
         Malformed: `unpack` would not take it.
     """
-    import zstandard
-
     if "counts" in arrays:
         _entries(arrays["counts"])
-    compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
+    compressor = zstd().ZstdCompressor(level=LEVEL, write_content_size=True)
     sections = [section for column in columns for section in _split(column, arrays[column.name])]
     packed = [_smallest(section, compressor) for section in sections]
     total = sum(map(len, sections))
@@ -70,11 +82,9 @@ class Decompressor:
     """Frames of zstd, for one thread."""
 
     def __init__(self):
-        import zstandard
-
-        self.error = zstandard.ZstdError
-        self.size_of = zstandard.frame_content_size
-        self.restore = zstandard.ZstdDecompressor().decompress
+        package = zstd()
+        self.error, self.size_of = package.ZstdError, package.frame_content_size
+        self.restore = package.ZstdDecompressor().decompress
 
     def __call__(self, frame, wanted):
         """A frame -> that many bytes."""

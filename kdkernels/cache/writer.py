@@ -5,9 +5,11 @@ import hashlib
 from pathlib import Path
 
 from .. import __version__
+from ..checks import positive_int
 from . import kinds, manifest
 from .build import SHARD_TOKENS, Build
 from .errors import CacheError
+from .sections import zstd
 from .shard import CHECKSUM, halves
 
 
@@ -56,8 +58,8 @@ class Writer:
         seed=0,
         shard_tokens=SHARD_TOKENS,
     ):
-        import zstandard  # noqa: F401 - before the first prediction is made for nothing
-
+        zstd()  # before the first prediction is made for nothing
+        positive_int("shard_tokens", shard_tokens)
         if isinstance(teacher, str):
             teacher = {"name": teacher, "weights": None, "dtype": None}
         found = kinds.parse(kind, vocab_size, tail=tail, head=head)
@@ -118,9 +120,18 @@ class Writer:
             self._end()
 
     def close(self):
-        """Completes the last shard and publishes the cache."""
+        """Completes the last shard and publishes the cache.
+
+        Raises:
+            CacheError: a shard is missing or damaged, whose samples were not given again.
+        """
         if self.current is not None:
             self._end()
+        folder, count = self.build.folder, len(self.shards)
+        if self.build.is_published() and count < len(manifest.load(folder).shards):
+            raise CacheError(
+                f"{folder} has a damaged shard, number {count}: give all samples again"
+            )
         self.build.publish(len(self.shards), self.head)
 
     def _begin(self):

@@ -4,6 +4,7 @@ import os
 import time
 from array import array
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch import nn
 from .. import __version__
 from ..cache import CacheMismatchError, TeacherCache, build, identity, kinds, manifest
 from ..cache.samples import KEY
+from ..cache.sections import zstd
 from ..source_rows import flat, map_rows
 from ..sources import LinearHead
 from . import checks
+from .batches import Streamed
 from .predictions import inference, predict_with
 
 WAIT = 0.2  # seconds between two looks at what other processes have written
@@ -87,10 +90,11 @@ class Capture:
         seed=0,
         shard_tokens=build.SHARD_TOKENS,
     ):
-        import zstandard  # noqa: F401 - before the first prediction is made for nothing
-
+        zstd()  # before the first prediction is made for nothing
         checks.instance("teacher", teacher, nn.Module, "a torch.nn.Module")
         checks.data(inputs, None)
+        if isinstance(inputs, Streamed):
+            raise TypeError("inputs must be token ids or a torch Dataset, got a Streamed")
         for option, value in (("batch_size", batch_size), ("shard_tokens", shard_tokens)):
             checks.integer(option, value, low=1)
         checks.integer("seed", seed)
@@ -103,8 +107,20 @@ class Capture:
         self.head = (
             first if isinstance(first, LinearHead) and str(kind).startswith("hidden") else None
         )
+        classes = _classes(first)
         if vocab_size is None:
-            vocab_size = _classes(first)
+            if classes is None:
+                raise ValueError(
+                    f"vocab_size must be given for a teacher that returns {type(first).__name__}"
+                )
+            vocab_size = classes
+        checks.integer("vocab_size", vocab_size)
+        if classes is not None and vocab_size > classes:
+            raise ValueError(
+                f"vocab_size must be at most the teacher's {classes} classes, got {vocab_size}"
+            )
+        if self.head is not None:
+            self.head = _cut(self.head, vocab_size)
         found = kinds.parse(kind, vocab_size, tail=tail, head=self.head)
         if tokenizer is not None:
             tokenizer = identity.of_tokenizer(tokenizer)
@@ -134,10 +150,10 @@ class Capture:
             left = [number for number in left if not self._write(number, on_progress)]
             if left:
                 time.sleep(WAIT)
-        # What is published may be of fewer inputs, full shards being the same, or of more.
-        published = self.build.is_published() and len(manifest.load(self.path).shards)
-        if published < len(self.shards):
-            self.build.publish(len(self.shards), self.head)
+        # What is published may be of fewer inputs, full shards being the same, or of more; and a
+        # shard that was written again may have other bytes, on another machine.
+        published = manifest.load(self.path).shards if self.build.is_published() else ()
+        self.build.publish(max(len(published), len(self.shards)), self.head)
         for lock in self.path.glob("shard-*.lock"):  # of shards that were damaged
             lock.unlink(missing_ok=True)
         return TeacherCache(self.path)
@@ -244,7 +260,14 @@ class _Samples:
                 f"inputs must be token ids, (L,) an example, got {ids.dtype} of shape "
                 f"{tuple(ids.shape)}"
             )
-        return ids, None if mask is None else torch.as_tensor(mask)
+        if mask is not None:
+            mask = torch.as_tensor(mask)
+            if mask.shape != ids.shape or mask.is_floating_point() or mask.dtype == torch.bool:
+                raise ValueError(
+                    f"attention_mask must be integers, of the shape {tuple(ids.shape)} of "
+                    f"input_ids, got {mask.dtype} of shape {tuple(mask.shape)}"
+                )
+        return ids, mask
 
 
 class _Values(_Samples):
@@ -268,11 +291,14 @@ def _runs(ids, mask):
     return [(begin, end) for begin, end in pairs if begin < end and mask[begin]]
 
 
+def _cut(head, classes):
+    """A `LinearHead` without the rows that are padding."""
+    bias = None if head.bias is None else head.bias[:classes]
+    return replace(head, weight=head.weight[:classes], bias=bias)
+
+
 def _classes(prediction):
+    """Of logits and heads; None of what does not say it."""
     if isinstance(prediction, LinearHead):
         return len(prediction.weight)
-    if isinstance(prediction, torch.Tensor):
-        return prediction.shape[-1]
-    raise ValueError(
-        f"vocab_size must be given for a teacher that returns {type(prediction).__name__}"
-    )
+    return prediction.shape[-1] if isinstance(prediction, torch.Tensor) else None

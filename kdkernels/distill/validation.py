@@ -17,7 +17,7 @@ from ..source_checks import check_sources
 from ..source_rows import detached, flat, logit_chunks, map_rows, to_device
 from ..sources import Ensemble, LinearHead, Sampled, TopK
 from . import batches, checks
-from .predictions import as_teacher, inference, predict_with
+from .predictions import CachedTeacher, as_teacher, inference, predict_with
 
 IGNORED = -100
 BINS = 15
@@ -171,7 +171,7 @@ def compare(
     source = batches.of(inputs, labels, workers)
     example = next(iter(source.batches(iter([torch.arange(1)]))))
     rows, size_of_teacher = [], None
-    if isinstance(teacher, nn.Module):
+    if isinstance(teacher, nn.Module) and not isinstance(teacher, CachedTeacher):
         size_of_teacher = size_of(teacher, example.to(_device(teacher)).inputs)
         rows.append(row("teacher", validate(teacher, inputs, labels, **options), size_of_teacher))
     for name, student in students.items():

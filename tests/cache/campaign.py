@@ -42,7 +42,7 @@ class Tally:
     def __str__(self):
         right = self.done - len(self.wrong)
         took = time.monotonic() - self.begin
-        counts = f"{self.name:<36}{self.done:>7,} done{right:>7,} right"
+        counts = f"{self.name:<38}{self.done:>7,} done{right:>7,} right"
         lines = [f"{counts}  seed {self.seed}, {took:.0f} s"]
         return "\n    ".join(lines + self.wrong[:10])
 
@@ -515,11 +515,12 @@ def fuzzed(seed, **limit):
         options = [f"-{name}={value}" for name, value in {**options, **limit}.items()]
         command = [sys.executable, FUZZ, *options]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    runs = re.findall(r"^Done (\d+) runs", found.stderr, re.MULTILINE)
-    tally.done = int(runs[0]) if runs else 0
-    if found.returncode or not runs:
-        tally.wrong.append(found.stderr[-4000:])
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        found = subprocess.run(command, env=environment, errors="replace", **pipes)
+    runs = re.findall(r"^(?:Done |#)(\d+)", found.stdout, re.MULTILINE)
+    tally.done = int(runs[-1]) if runs else 1
+    if found.returncode:
+        tally.wrong.append(found.stdout[-4000:])
     return tally
 
 
@@ -532,7 +533,7 @@ def main(seed):
         lambda: kills_at_random(300, seed, 3),
         lambda: every_bit(seed),
         lambda: flips(10_000, seed),
-        lambda: truncations(8_000, seed),
+        lambda: truncations(9_000, seed),
         lambda: truncations_while_mapped(2_000, seed),
     ]
     if importlib.util.find_spec("atheris"):

@@ -44,7 +44,8 @@ class Cache:
         content = shard.bytes()
         (self.folder / SHARD).write_bytes(content)
         _, count, rows = forge.FOOTER.unpack_from(content, len(content) - 32 - forge.FOOTER.size)
-        for facts in manifest["shards"] if isinstance(manifest["shards"], list) else ():
+        listed = manifest.get("shards")
+        for facts in listed if isinstance(listed, list) else ():
             if isinstance(facts, dict) and facts.get("root") == self.manifest["shards"][0]["root"]:
                 facts.update(bytes=len(content), samples=count, rows=rows, root=content[-32:].hex())
         forge.write_manifest(self.folder, manifest)
@@ -271,10 +272,7 @@ def main():
 
         def run(data):
             kind, steps = steps_of(data)
-            try:
-                caches[kind].changed(steps)
-            except (RecursionError, ValueError):
-                return  # steps that are none
+            caches[kind].changed(steps)
             try:
                 caches[kind].check()
             except Exception:

@@ -41,6 +41,30 @@ def test_writers_of_one_cache_that_are_killed_are_taken_up_again():
     assert_right(campaign.kills_at_random(5, seed=1, processes=3), 5)
 
 
+def test_files_reach_the_disk_before_their_names_do_and_the_manifest_last(tmp_path, monkeypatch):
+    """What a power cut needs, and no kill shows."""
+    events, fsync, rename = [], os.fsync, os.replace
+
+    def synchronised(handle):
+        events.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def renamed(source, target):
+        events.append((os.stat(source).st_ino, os.path.basename(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synchronised)
+    monkeypatch.setattr(os, "replace", renamed)
+    campaign.case("hidden:bf16").write(tmp_path)
+    places = [k for k, event in enumerate(events) if isinstance(event, tuple)]
+    names = [events[k][1] for k in places]
+    shards = ["shard-00000.kdc", "shard-00001.kdc"]
+    assert names == [*shards, "head.safetensors", "manifest.json"]
+    for k in places:
+        assert events[k - 1] == events[k][0]
+        assert events[k + 1] == tmp_path.stat().st_ino
+
+
 def test_a_flipped_bit_is_noticed_and_found():
     assert_right(campaign.flips(400, seed=1), 400)
 

@@ -161,6 +161,9 @@ def test_a_tokenizer_is_its_ids_and_its_special_tokens():
     other = identity.of_tokenizer(transformers_like(VOCAB, ["<eos>"], eos_token="<tool>"))
     assert other["digest"] == found["digest"]
     assert other["special_tokens"] == {"<eos>": 2, "eos_token": 3}
+    absent = transformers_like(VOCAB, ["<none>"], eos_token="<eos>", pad_token="<pad>")
+    special = {"<none>": None, "eos_token": 2, "pad_token": None}
+    assert identity.of_tokenizer(absent)["special_tokens"] == special
 
 
 def test_a_tokenizer_of_mistral_common():

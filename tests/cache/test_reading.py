@@ -9,6 +9,7 @@ import torch
 from cache_samples import CLASSES, KINDS, head_of, rows_of, token_ids, write
 
 from kdkernels import LinearHead, TopK, cache, kd_loss
+from kdkernels.cache import reader
 
 pytest.importorskip("zstandard")
 
@@ -44,6 +45,19 @@ def test_a_sample_is_found_in_any_batch_and_place(tmp_path, kind):
     pair = teacher[torch.stack([samples[3], samples[1]])]
     assert_rows(row(pair, 0), alone[3])
     assert_rows(row(pair, 1), alone[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_that_are_decoded_apart_are_read_together(tmp_path, kind, monkeypatch):
+    """Rows of one group may have more entries than those of another."""
+    samples = token_ids((12,) * 5)
+    write(tmp_path, kind, samples)
+    teacher = cache.open(tmp_path)
+    expected = [teacher[ids] for ids in samples]
+    monkeypatch.setattr(reader, "ROWS", 30)
+    batch = teacher[samples]
+    for k, each in enumerate(expected):
+        assert_rows(row(batch, k), each)
 
 
 @pytest.mark.parametrize("kind", KINDS)

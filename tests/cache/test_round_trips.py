@@ -85,7 +85,7 @@ def grid(rows):
     return ids, torch.tensor([[y for _, y in row] for row in filled], dtype=torch.float64)
 
 
-@checked(250)
+@checked(120)
 @given(top=rows_of_top())
 @example(top=(5, 2, [[(-1, 0.0)], [(0, -math.inf), (3, -math.inf)]]))
 @example(top=(5, 2, [[(4, -1e4)], [(0, -1e4), (3, -1e4 - 2000)]]))
@@ -110,7 +110,7 @@ def test_top_k(folders, top):
         assert abs(logprobs[: len(kept)].double().exp().sum() + math.exp(rest) - 1) <= 1e-6
 
 
-@checked(40)
+@checked(25)
 @given(top=rows_of_top(), at=st.integers(0, 4))
 def test_a_class_twice_in_a_row_is_refused(folders, top, at):
     classes, k, rows = top
@@ -136,7 +136,7 @@ def test_a_row_of_many_classes_among_rows_of_few(folders, k, rows):
     assert ((found.logprobs - logprobs)[kept].abs() <= 2.0**-6 * (1 + 2.0**-8)).all()
 
 
-@checked(120)
+@checked(80)
 @given(
     classes=CLASSES,
     draws=st.one_of(st.integers(1, 60), st.sampled_from([255, 256, 257, 65_535])),
@@ -193,7 +193,7 @@ def assert_bounded(found, wanted, bound):
 @pytest.mark.parametrize("given_as", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("dtype", [*DTYPES, "fp8"])
 def test_hidden_states(folders, dtype, given_as):
-    @checked(40)
+    @checked(15)
     @given(hidden=numbers("fp16" if given_as == "fp16" else dtype, False))
     def check(hidden):
         hidden = hidden.to(DTYPES[given_as])
@@ -210,11 +210,11 @@ def test_hidden_states(folders, dtype, given_as):
 @pytest.mark.parametrize("given_as", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits(folders, dtype, given_as):
-    @checked(40)
+    @checked(15)
     @given(logits=numbers("fp16" if given_as == "fp16" else dtype, True))
     def check(logits):
         logits = logits.to(DTYPES[given_as])
-        assume(not (logits == math.inf).any())
+        assume(not (logits == math.inf).any() and not (logits == -math.inf).all(-1).any())
         assume(torch.equal(logits.isinf(), logits.to(DTYPES[dtype]).isinf()))
         teacher, ids = written(next(folders), f"dense:{dtype}", logits.shape[1], logits)
         assert teacher[ids].dtype == DTYPES[dtype]

@@ -19,6 +19,7 @@ from kdkernels.distill import (
     validate,
     write_cache,
 )
+from kdkernels.distill.validation import compare
 
 pytest.importorskip("zstandard", reason="the extra `cache` is not installed")
 pytest.importorskip("safetensors", reason="the extra `train` is not installed")
@@ -251,3 +252,5 @@ def test_a_student_is_compared_with_a_cache(tmp_path):
     for student in (model, Model(2)):
         live = validate(student, data, teacher=model)
         assert validate(student, data, teacher=stored) == live
+    (row,) = compare({"student": Model(2)}, CachedTeacher(stored, model), data)
+    assert row["agreement"] == live.agreement

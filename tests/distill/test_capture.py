@@ -153,6 +153,14 @@ def test_padded_classes_are_left_out(tmp_path):
     close(found[ids], answers(model, ids)[..., :40], 40)
 
 
+def test_a_stored_head_has_no_padded_classes(tmp_path):
+    ids, model = tokens(N, L) % 40, Head()
+    found = write_cache(tmp_path, model, ids, "hidden:fp32", vocab_size=40)[ids]
+    assert torch.equal(found.weight, model.head.weight[:40])
+    assert torch.equal(found.bias, model.head.bias[:40])
+    kdk.kd_loss(torch.randn(N, L, 40), found)
+
+
 @pytest.mark.parametrize("kind", ("dicts", "pairs", "ids"))
 def test_data_sets(tmp_path, kind):
     ids, model = tokens(N, L), Model()
@@ -241,6 +249,23 @@ def test_a_damaged_or_missing_shard_is_written_again(tmp_path):
     model = Model()
     write_cache(tmp_path, model, ids, **OPTIONS)
     assert files(tmp_path) == before and len(model.shapes) == 3
+
+
+def test_a_shard_that_becomes_another_is_published(tmp_path):
+    """As on another machine, whose sums round otherwise."""
+
+    class Elsewhere(Model):
+        def forward(self, input_ids):
+            return super().forward(input_ids) * 1.1
+
+    ids = tokens(N, L)
+    write_cache(tmp_path, Model(), ids, name="t", **OPTIONS)
+    (tmp_path / "shard-00002.kdc").unlink()
+    found = write_cache(tmp_path, Elsewhere(), ids, name="t", **OPTIONS)
+    assert found.has(ids).all() and cache.verify(tmp_path) == []
+    (tmp_path / "shard-00000.kdc").unlink()
+    assert len(write_cache(tmp_path, Elsewhere(), ids[:3], name="t", **OPTIONS)) == N
+    assert "shard-00000.lock" not in files(tmp_path)
 
 
 def test_another_build_in_the_same_directory_is_refused(tmp_path):
@@ -344,6 +369,14 @@ def test_what_a_killed_process_had_is_taken_over(tmp_path):
     assert files(folder) == files(tmp_path / "one")
 
 
+def masked(mask):
+    return Rows([{"input_ids": tokens(L), "attention_mask": mask}])
+
+
+def ones(*shape):
+    return torch.ones(shape, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
@@ -366,8 +399,16 @@ def test_what_a_killed_process_had_is_taken_over(tmp_path):
         (
             ValueError,
             "must have a token that counts",
-            dict(inputs=Rows([{"input_ids": tokens(L), "attention_mask": torch.zeros(L)}])),
+            dict(inputs=masked(torch.zeros(L, dtype=torch.int64))),
         ),
+        (
+            ValueError,
+            r"of the shape \(6,\) of .*int64 of shape \(5,\)",
+            dict(inputs=masked(ones(5))),
+        ),
+        (ValueError, r"int64 of shape \(1, 6\)", dict(inputs=masked(ones(1, L)))),
+        (ValueError, "attention_mask must be .* torch.bool", dict(inputs=masked(ones(L).bool()))),
+        (ValueError, "at most the teacher's 50 classes, got 51", dict(vocab_size=51)),
     ],
 )
 def test_bad_arguments(tmp_path, error, message, change):

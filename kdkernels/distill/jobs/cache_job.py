@@ -107,6 +107,8 @@ class CacheJob:
         train = folders.TextFolder(found, tokenizer, options.length)
         models.check_largest(train.largest, size)
         teacher = models.without_logits("teacher", teacher, self.notes)
+        if self.notes and options.kind.startswith("hidden"):
+            raise ValueError(f"kind must not be {options.kind}, {self.notes[0]}")
         self.capture = Capture(
             options.out,
             teacher.to(_device()),

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +128,23 @@ def test_the_most_probable_tokens_and_their_tail(made, tmp_path):
     refused(made, tmp_path, "tail goes with a cache of kind topk, got hidden:fp32", **hidden)
 
 
+def test_a_head_with_adapters_has_no_hidden_states(made, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(made / "teacher")
+    settings = peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    message = "kind must not be hidden:bf16, the teacher's logits are computed in full: .* adapters"
+    with pytest.raises(ValueError, match=message):
+        build(made, tmp_path / "c", teacher=tmp_path / "adapter", kind="hidden:bf16")
+    build(made, tmp_path / "c", teacher=tmp_path / "adapter", kind="dense:fp32").run()
+
+
+def test_a_missing_package_is_one_line_and_code_2(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    assert cli.main(command(made, tmp_path / "c")) == 2
+    assert "import of transformers.utils halted" in capsys.readouterr().err
+
+
 def test_draws_depend_on_the_seed(made, tmp_path):
     given = dict(kind="sampled:9", test=texts(tmp_path / "test", count=2))
     one, other = (build(made, tmp_path / str(k), seed=k, **given).run() for k in range(2))
@@ -196,9 +214,10 @@ def wide(tmp_path):
 
 
 def test_padding_of_a_teacher_is_left_out_unless_told(made, tmp_path):
-    build(made, tmp_path / "c", teacher=wide(tmp_path), kind=f"topk:{V}").run()
-    assert cache.open(tmp_path / "c").description["vocab_size"] == V
-    Job(options(made, tmp_path, teacher_cache=tmp_path / "c")).run()
+    for name in (f"topk:{V}", "hidden:fp32"):
+        build(made, tmp_path / name, teacher=wide(tmp_path), kind=name).run()
+        assert cache.open(tmp_path / name).description["vocab_size"] == V
+        Job(options(made, tmp_path / f"of-{name}", teacher_cache=tmp_path / name)).run()
 
 
 def test_examples_that_a_cache_has_not_are_refused(made, tmp_path):
