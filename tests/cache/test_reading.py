@@ -9,7 +9,6 @@ import torch
 from cache_samples import CLASSES, KINDS, head_of, rows_of, token_ids, write
 
 from kdkernels import LinearHead, TopK, cache, kd_loss
-from kdkernels.cache import reader
 
 pytest.importorskip("zstandard")
 
@@ -54,7 +53,7 @@ def test_samples_that_are_decoded_apart_are_read_together(tmp_path, kind, monkey
     write(tmp_path, kind, samples)
     teacher = cache.open(tmp_path)
     expected = [teacher[ids] for ids in samples]
-    monkeypatch.setattr(reader, "ROWS", 30)
+    monkeypatch.setattr("kdkernels.cache.reader.ROWS", 30)
     batch = teacher[samples]
     for k, each in enumerate(expected):
         assert_rows(row(batch, k), each)
