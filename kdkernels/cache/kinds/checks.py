@@ -1,0 +1,21 @@
+"""What a prediction must be to be stored."""
+
+from ...sources import LinearHead
+
+
+def one_of(prediction, *kinds):
+    if not isinstance(prediction, kinds):
+        wanted = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"prediction must be one of {wanted}, got {type(prediction).__name__}")
+
+
+def logits(prediction, vocab_size):
+    """Logits or a `LinearHead` of n rows: of that many classes at least."""
+    is_head = isinstance(prediction, LinearHead)
+    rows = prediction.hidden if is_head else prediction
+    classes = len(prediction.weight) if is_head else rows.shape[-1]
+    if not rows.is_floating_point() or rows.dim() != 2 or classes < vocab_size:
+        raise ValueError(
+            f"prediction must be floating point of n rows and {vocab_size} classes or more, got "
+            f"{rows.dtype} of shape {tuple(rows.shape)} and {classes} classes"
+        )

@@ -1,0 +1,99 @@
+"""The last hidden states of the teacher, for its head."""
+
+import torch
+
+from ...sources import LinearHead
+from ..errors import Malformed
+from ..sections import Column
+from . import checks, floats
+
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
+
+
+class HiddenKind:
+    """The teacher's last hidden states, for its head, which lies beside the shards.
+
+    head: SHA-256, hex, of its file: other weights would make other predictions of them.
+    """
+
+    name = "hidden"
+
+    def __init__(self, vocab_size, dtype, size, head, logit_scale=1.0, softcap=None):
+        self.vocab_size, self.dtype, self.size, self.head = vocab_size, dtype, size, head
+        self.logit_scale, self.softcap = logit_scale, softcap
+        self.spec = f"hidden:{dtype}"
+        self.columns = floats.columns("hidden", dtype, size)
+        if dtype == "fp8":
+            self.columns += (Column("scale", "<f4", 4),)
+
+    def describe(self):
+        return {
+            "name": "hidden",
+            "dtype": self.dtype,
+            "size": self.size,
+            "head": self.head,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+            "bound": floats.bound("hidden", self.dtype),
+        }
+
+    def encode(self, prediction, seed):
+        """A `LinearHead` of n rows, or their hidden states (n, H)."""
+        checks.one_of(prediction, LinearHead, torch.Tensor)
+        hidden = prediction.hidden if isinstance(prediction, LinearHead) else prediction
+        floats.check("hidden", hidden, self.size, infinite=False)
+        if self.dtype != "fp8":
+            return {"hidden": floats.rounded("hidden", hidden, self.dtype)}
+        hidden = floats.cast("hidden", hidden, "fp32")
+        largest = hidden.abs().amax(-1, keepdim=True)
+        # A power of 2, so that it rounds nothing.
+        scale = torch.exp2(torch.ceil(torch.log2(largest / FP8_LARGEST)).clamp(-126, 127))
+        return {
+            "hidden": (hidden / scale).to(FP8).view(torch.uint8).numpy(),
+            "scale": scale.numpy(),
+        }
+
+    def decode(self, columns):
+        """{column: numbers of n rows} -> {"hidden": (n, H)}, a float tensor"""
+        bits = columns["hidden"].reshape(-1, self.size)
+        if self.dtype != "fp8":
+            return {"hidden": floats.tensor(bits, self.dtype)}
+        hidden = torch.from_numpy(_FP8_VALUES[bits])
+        return {"hidden": hidden.mul_(torch.from_numpy(columns["scale"].copy())[:, None])}
+
+    def check(self, columns, decoded):
+        if not decoded["hidden"].isfinite().all():
+            raise Malformed("hidden states that are not finite")
+
+    def source(self, decoded, tail=None, head=None):
+        """head: of the cache, a `LinearHead` whose hidden states these take the place of."""
+        return LinearHead(
+            decoded["hidden"].to(head.weight.dtype),
+            head.weight,
+            head.bias,
+            self.logit_scale,
+            self.softcap,
+        )
+
+    padding = {"hidden": 0}
+
+
+def check_head(size, scale, softcap):
+    numbers = {"hidden size": size, "logit_scale": abs(scale)}
+    if softcap is not None:
+        numbers["softcap"] = softcap
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not 0 < number < 2**31:
+            raise ValueError(f"the head's {name} must be in (0, 2³¹), got {number}")
+
+
+def head_file(head):
+    """A `LinearHead` -> the bytes of head.safetensors: its weight (V, H), its bias (V,)."""
+    from safetensors.torch import save
+
+    named = {"weight": head.weight, "bias": head.bias}
+    return save({name: x.detach().cpu().contiguous() for name, x in named.items() if x is not None})
+
+
+_FP8_VALUES = torch.arange(256).to(torch.uint8).view(FP8).float().numpy()
