@@ -125,12 +125,11 @@ def cut(lengths, tokens):
 
 
 def _write_head(path, head):
-    content = kinds.head_file(head)
     storage.sweep(path)
+    digest = hashlib.sha256()
     with storage.atomic(path) as file:
-        file.write(content)
-    return {
-        "name": path.name,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+        for piece in kinds.head_file(head):
+            digest.update(piece)
+            file.write(piece)
+        size = file.tell()
+    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}

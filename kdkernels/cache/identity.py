@@ -38,8 +38,8 @@ def of_teacher(model, name):
             )
         facts = key[prefix:], _dtype(x), list(x.shape)
         digest.update(json.dumps(facts).encode() + b"\n")
-        for piece in x.detach().reshape(-1).split(PIECE):
-            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+        for piece in pieces(x):
+            digest.update(piece)
     dtypes = sorted({_dtype(x) for x in model.parameters()})
     return {"name": name, "weights": digest.hexdigest(), "dtype": ", ".join(dtypes)}
 
@@ -75,6 +75,12 @@ def of_tokenizer(tokenizer):
         "size": max(k for k, _ in pairs) + 1,
         "special_tokens": dict(sorted(special.items())),
     }
+
+
+def pieces(x):
+    """A tensor's bytes, little-endian and row by row, of `PIECE` numbers at a time."""
+    for piece in x.detach().reshape(-1).split(PIECE):
+        yield piece.cpu().contiguous().view(torch.uint8).numpy()
 
 
 def _shared_prefix(state):

@@ -5,11 +5,20 @@ import os
 
 import pytest
 import torch
-from cache_samples import CLASSES, KINDS, generator, head_of, prediction, token_ids, write
+from cache_samples import (
+    CLASSES,
+    KINDS,
+    WIDTH,
+    generator,
+    head_of,
+    prediction,
+    token_ids,
+    write,
+)
 from filelock import FileLock
 
 from kdkernels import LinearHead, Sampled, TopK, cache
-from kdkernels.cache import kinds
+from kdkernels.cache import identity, kinds
 
 pytest.importorskip("zstandard")
 
@@ -334,3 +343,23 @@ def test_a_head_of_other_size_than_its_states_is_an_error(tmp_path):
     other = LinearHead(torch.zeros(0, 8), torch.zeros(CLASSES, 8))
     with pytest.raises(cache.CacheMismatchError, match="kind.size is 16, wanted 8"):
         write(tmp_path, "hidden:bf16", head=other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_head_is_stored_in_pieces_as_safetensors_stores_it(monkeypatch, dtype, biased):
+    """Of weights that are not contiguous, too: a tied or a cut one."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    monkeypatch.setattr(identity, "PIECE", 100)
+    weight = torch.randn(WIDTH, CLASSES, generator=generator()).to(dtype).T
+    bias = torch.randn(CLASSES, generator=generator(1)).to(dtype) if biased else None
+    found = list(kinds.head_file(LinearHead(torch.zeros(0, WIDTH), weight, bias)))
+    named = {"weight": weight.contiguous(), **({"bias": bias} if biased else {})}
+    assert b"".join(map(bytes, found)) == safetensors.save(named)
+    assert max(map(len, found[1:])) == 100 * weight.itemsize
+
+
+def test_a_head_of_numbers_that_are_no_floats_is_an_error(tmp_path):
+    head = LinearHead(torch.zeros(0, WIDTH), torch.zeros(CLASSES, WIDTH, dtype=torch.int8))
+    with pytest.raises(TypeError, match="the head's weight must be one of .*, got torch.int8"):
+        write(tmp_path, "hidden:bf16", head=head)

@@ -17,7 +17,7 @@ from .hidden import HiddenKind, check_head, head_file
 from .sampled import SampledKind
 from .topk import TAILS, TopKKind, most_probable
 
-__all__ = ["TAILS", "HiddenKind", "SampledKind", "most_probable", "of", "parse"]
+__all__ = ["TAILS", "HiddenKind", "SampledKind", "head_file", "most_probable", "of", "parse"]
 
 MOST_ENTRIES = 2**16 - 1  # of a row
 
@@ -48,8 +48,10 @@ def parse(spec, vocab_size, *, tail="bucket", head=None):
     if name == "hidden" and option in (*floats.FLOATS, "fp8"):
         size, scale, softcap = head.weight.shape[1], float(head.logit_scale), head.softcap
         check_head(size, scale, softcap)
-        digest = hashlib.sha256(head_file(head)).hexdigest()
-        return HiddenKind(vocab_size, option, size, digest, scale, softcap)
+        digest = hashlib.sha256()
+        for piece in head_file(head):
+            digest.update(piece)
+        return HiddenKind(vocab_size, option, size, digest.hexdigest(), scale, softcap)
     if name == "dense" and option in floats.FLOATS:
         return DenseKind(vocab_size, option)
     raise ValueError(

@@ -1,14 +1,23 @@
 """The last hidden states of the teacher, for its head."""
 
+import json
+
 import torch
 
 from ...sources import LinearHead
 from ..errors import Malformed
+from ..identity import pieces
 from ..sections import Column
 from . import checks, floats
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+DTYPES = {  # of a head, as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 class HiddenKind:
@@ -89,11 +98,28 @@ def check_head(size, scale, softcap):
 
 
 def head_file(head):
-    """A `LinearHead` -> the bytes of head.safetensors: its weight (V, H), its bias (V,)."""
-    from safetensors.torch import save
+    """A `LinearHead` -> the bytes of head.safetensors in pieces: the bias (V,), the weight (V, H).
 
-    named = {"weight": head.weight, "bias": head.bias}
-    return save({name: x.detach().cpu().contiguous() for name, x in named.items() if x is not None})
+    The file that safetensors itself writes, which would make another copy of the weight for it.
+
+    Raises:
+        TypeError: the weight is not floating point, of 16 bits or more.
+    """
+    if head.weight.dtype not in DTYPES:
+        wanted = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"the head's weight must be one of {wanted}, got {head.weight.dtype}")
+    tensors = {"bias": head.bias, "weight": head.weight}
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    header, end = {}, 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        dtype = DTYPES[x.dtype]
+        header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for x in tensors.values():
+        yield from pieces(x)
 
 
 _FP8_VALUES = torch.arange(256).to(torch.uint8).view(FP8).float().numpy()
