@@ -79,6 +79,18 @@ def mapped_array(name, path):
     return array
 
 
+def begin_array(file, dtype, shape):
+    """Writes the header of a .npy file; its numbers, row by row, come next.
+
+    Args:
+        file: binary, as of `atomic`.
+        dtype: of NumPy.
+        shape: of the whole array.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_2_0(file, header)
+
+
 def _mode(path):
     """That of the file, or what an ordinary new one has: `mkstemp` makes one for its owner only."""
     with contextlib.suppress(FileNotFoundError):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import torch
 
-from ..files import atomic, mapped_array
+from ..files import atomic, begin_array, mapped_array
 from ..sources import TopK
 from .errors import CacheError
 from .writer import Writer
@@ -108,12 +108,7 @@ def export_npy(file, cache, inputs):
             array = logits.float().numpy() if logits.dtype == torch.bfloat16 else logits.numpy()
             if not k:
                 first = array.shape
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(array.dtype),
-                    "fortran_order": False,
-                    "shape": (len(inputs), *first),
-                }
-                np.lib.format.write_array_header_2_0(out, header)
+                begin_array(out, array.dtype, (len(inputs), *first))
             if array.shape != first:
                 raise ValueError(
                     f"inputs must all have one length, got {first[0]} and {len(array)}"

@@ -9,10 +9,9 @@ Of language models `kdkernels.cache` keeps less, and finds it by the tokens.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from ..files import atomic, mapped_array
+from ..files import atomic, begin_array, mapped_array
 from ..source_rows import logit_chunks
 from . import batches, checks
 from .predictions import inference, predict_with
@@ -112,12 +111,7 @@ def _write_array(file, predictions, count):
             raise ValueError("path must end in .safetensors for bfloat16, which NumPy has not")
         array = logits.contiguous().numpy()
         if not rows[0]:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(array.dtype),
-                "fortran_order": False,
-                "shape": (count, *array.shape[1:]),
-            }
-            np.lib.format.write_array_header_2_0(file, header)
+            begin_array(file, array.dtype, (count, *array.shape[1:]))
         file.write(array.data)
 
 
