@@ -12,6 +12,7 @@ import torch
 from kdkernels.objective import DIVERGENCES
 
 from . import measure, plots, report, results, scaling, targets
+from .arguments import positive
 from .cache import command as cache
 from .case import DTYPES
 from .devices import DEVICES
@@ -85,13 +86,6 @@ def parser():
 def some_of(names):
     """Options of an argument that takes some of these."""
     return dict(nargs="+", choices=tuple(names), metavar="NAME", help=f"of {', '.join(names)}")
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return value
 
 
 def temperature(text):

@@ -101,7 +101,7 @@ def test_pages_are_renewed_from_the_records(monkeypatch, tmp_path):
     "arguments, said",
     [
         (["speeds"], "unknown part speeds: expected speed or students"),
-        (["--seeds", "0"], "argument --seeds: invalid positive value: '0'"),
+        (["--seeds", "0"], "argument --seeds: 0: expected at least 1"),
         (["--budgets", "many"], "argument --budgets: invalid positive value: 'many'"),
     ],
 )

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from .. import results
+from ..arguments import positive
 from ..measure import say
 from ..peers.base import Missing
 from ..report import text_table
@@ -72,13 +73,6 @@ def make_parser():
     add("--quick", action="store_true", help="seconds: tiny")
     add("--out", metavar="DIR", help="write CSV, JSON, Markdown and SVG there")
     return parser
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def share_of_one(text):

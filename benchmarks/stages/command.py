@@ -13,6 +13,7 @@ import torch
 
 from kdkernels.objective import DIVERGENCES
 
+from ..arguments import positive
 from ..case import DTYPES
 from ..devices import Cpu, Gpu
 from ..report import text_table
@@ -80,13 +81,6 @@ def make_parser():
     threads = torch.get_num_threads()
     add("--threads", type=positive, default=threads, help="of a CPU; default: those of torch")
     return parser
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def measure(case, libraries, names, rounds):

@@ -37,6 +37,14 @@ def language_model(folder, *, seed=0, tokens=None, kind="Llama", dtype=None, **o
     return folder
 
 
+def models_and_texts(root):
+    """The directories `student`, `teacher`, which is larger, and `data` -> the one they are in."""
+    language_model(root / "student")
+    language_model(root / "teacher", seed=1, hidden_size=32, num_hidden_layers=3)
+    texts(root / "data")
+    return root
+
+
 def texts(folder, count=6, lines=12):
     """Text files of sentences -> the directory."""
     folder.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from checkpoints_made import (  # noqa: E402
     image_model,
     images,
     language_model,
+    models_and_texts,
     texts,
     tokenizer,
 )
@@ -33,10 +34,7 @@ V = len(WORDS) + 2
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The directories of a student, a teacher, texts, and caches of the teacher for them."""
-    root = tmp_path_factory.mktemp("made")
-    language_model(root / "student")
-    language_model(root / "teacher", seed=1, hidden_size=32, num_hidden_layers=3)
-    texts(root / "data")
+    root = models_and_texts(tmp_path_factory.mktemp("made"))
     for kind in ("topk:4", "hidden:fp32"):
         build(root, root / kind.partition(":")[0], kind=kind).run()
     return root

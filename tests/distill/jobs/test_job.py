@@ -21,6 +21,7 @@ from checkpoints_made import (  # noqa: E402
     image_model,
     images,
     language_model,
+    models_and_texts,
     texts,
     tokenizer,
 )
@@ -36,11 +37,7 @@ V = len(WORDS) + 2
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The directories of a student, a teacher and texts."""
-    root = tmp_path_factory.mktemp("made")
-    language_model(root / "student")
-    language_model(root / "teacher", seed=1, hidden_size=32, num_hidden_layers=3)
-    texts(root / "data")
-    return root
+    return models_and_texts(tmp_path_factory.mktemp("made"))
 
 
 def options(made, tmp_path, **changes):
