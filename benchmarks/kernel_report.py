@@ -231,6 +231,9 @@ def divergences():
     return {number: name for name, number in re.findall(r"\bk(\w+) = (\d+),", text)}
 
 
+PHASES = ("statistics", "terms", "gradient")  # csrc/common/args.h: Phase
+
+
 @dataclass(frozen=True)
 class Kernel:
     """Which one, by its template arguments (csrc/cuda/statistics.h: Kind)."""
@@ -239,17 +242,21 @@ class Kernel:
     distill: bool = False
     hard: bool = False
     whole: bool = False
+    phase: str = ""  # of one for shards
 
     def __str__(self):
         terms = [term for term in ("distill", "hard") if getattr(self, term)]
         if not terms:
             return self.divergence
-        return f"{self.divergence} {'+'.join(terms)} {'whole' if self.whole else 'any'}"
+        name = f"{self.divergence} {'+'.join(terms)} {'whole' if self.whole else 'any'}"
+        return f"{name} {self.phase}" if self.phase else name
 
 
 def kernel_of(mangled):
     if match := re.search(r"DivergenceE(\d+)ELb([01])ELb([01])ELb([01])E", mangled):
-        return Kernel(divergences()[match[1]], *(flag == "1" for flag in match.groups()[1:]))
+        flags = (flag == "1" for flag in match.groups()[1:])
+        phase = re.search(r"PhaseE(\d)", mangled)
+        return Kernel(divergences()[match[1]], *flags, PHASES[int(phase[1])] if phase else "")
     match = re.search(r".*\d([a-z_]+_kernel)", mangled)
     return Kernel(match[1] if match else mangled)
 

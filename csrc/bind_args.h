@@ -16,6 +16,8 @@ using PyRows = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t>;  // 
 using PyKept = std::tuple<std::int64_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 using PySizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // B, L, V_s
 using PyPointers = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+using PyShardInputs = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+using PyShardOutputs = std::tuple<std::uintptr_t, std::uintptr_t>;
 // objective.Objective, in its order: from divergence to reduction.
 using PyOptions = std::tuple<std::string, double, double, double, double, double, double, double,
                              double, double, double, std::int64_t, std::int64_t, std::string>;
@@ -85,6 +87,19 @@ inline DistillArgs distill_args(const PySizes& sizes, const PyRows& student,
                     reduction == "mean",
                     want_terms};
   return args;
+}
+
+// `inputs`: labels, weights, num_items, merged; `outputs`: out, unscale. An address may be 0.
+inline ShardArgs shard_args(const PySizes& sizes, const PyRows& student,
+                            const std::optional<PyRows>& teacher, const std::optional<PyKept>& kept,
+                            const std::optional<PyRows>& grad, const PyShardInputs& inputs,
+                            const PyShardOutputs& outputs, bool want_terms, bool leads,
+                            std::int64_t classes, const PyOptions& options) {
+  const auto& [labels, weights, num_items, merged] = inputs;
+  const auto& [out, unscale] = outputs;
+  return {distill_args(sizes, student, teacher, kept, grad, {labels, weights, num_items},
+                       {0, unscale, 0}, want_terms, options),
+          classes, pointer<const double>(merged), pointer<double>(out), leads};
 }
 
 // `inputs`: labels, weights, unscale.

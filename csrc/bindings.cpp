@@ -35,6 +35,18 @@ void scale_rows_cpu(const kdk::PySizes& sizes, const kdk::PyRows& grad, std::uin
   kdk::scale_rows(args, threads);
 }
 
+void shard_rows_cpu(int phase, const kdk::PySizes& sizes, const kdk::PyRows& student,
+                    const std::optional<kdk::PyRows>& teacher,
+                    const std::optional<kdk::PyKept>& kept, const std::optional<kdk::PyRows>& grad,
+                    const kdk::PyShardInputs& inputs, const kdk::PyShardOutputs& outputs,
+                    bool want_terms, bool leads, std::int64_t classes,
+                    const kdk::PyOptions& options, int threads) {
+  const kdk::ShardArgs args = kdk::shard_args(sizes, student, teacher, kept, grad, inputs, outputs,
+                                              want_terms, leads, classes, options);
+  py::gil_scoped_release release;
+  kdk::shard_rows(static_cast<kdk::Phase>(phase), args, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -45,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
         "label is out of range, having written nothing, or -1.");
   m.def("scale_rows_cpu", &scale_rows_cpu,
         "Multiplies the rows of a gradient in place (csrc/common/args.h: ScaleArgs).");
+  m.def("shard_rows_cpu", &shard_rows_cpu,
+        "One phase of rows of which only some columns are here (csrc/common/args.h: ShardArgs).");
   m.def("isa_level", &kdk::isa_level,
         "The instruction-set level the kernels of this process run at.");
   kdk::bind_build_info(m);

@@ -28,6 +28,11 @@ OPTIONS = (
 # grad: as student, contiguous ((0,) when not wanted); `distill_rows_` writes it to any memory of
 # that shape, the student's too. upstream () or a value for every row, float32, contiguous:
 # `scale_rows_` multiplies grad by upstream · unscale.
+#
+# The same rows where a device has some of their columns only, see parallel/rows.py: statistics of
+# these, float64 (F, L) or (F, B, L) with the fields of csrc/common/args.h; merged over all devices,
+# with one field more, they are what the two other operators take. Labels are columns here, −1
+# elsewhere, −2 out of range; vocab_size counts the columns here, `classes` those of all devices.
 SCHEMAS = {
     "distill_rows": "(Tensor student, Tensor[] teacher, Tensor? labels, Tensor? weights, "
     f"Tensor? num_items, bool want_terms, bool want_grad, {OPTIONS}) "
@@ -37,7 +42,38 @@ SCHEMAS = {
     "-> (Tensor loss, Tensor unscale, Tensor rows)",
     "scale_rows_": "(Tensor(a!) grad, Tensor upstream, Tensor unscale, Tensor? labels, "
     "Tensor? weights, int ignore_index, int vocab_size) -> ()",
+    "shard_statistics": "(Tensor student, Tensor[] teacher, Tensor? labels, Tensor? weights, "
+    f"bool want_terms, {OPTIONS}) -> Tensor",
+    "shard_terms": "(Tensor student, Tensor[] teacher, Tensor? labels, Tensor? weights, "
+    f"Tensor merged, bool want_terms, bool leads, {OPTIONS}) -> Tensor",
+    "shard_gradient_": "(Tensor student, Tensor[] teacher, Tensor? labels, Tensor? weights, "
+    f"Tensor? num_items, Tensor merged, Tensor(a!) grad, int classes, {OPTIONS}) -> Tensor unscale",
 }
+SHARD_FIELDS = (
+    "max_s",
+    "z_s",
+    "z_rest",
+    "label",
+    "offset",
+    "max_t",
+    "z_t",
+    "log_ratio",
+    "kl",
+)
+KEPT_SHARD_FIELDS = (
+    "others",
+    "z",
+    "z_hard",
+    "label",
+    "offset",
+    "highest",
+    "kept_z",
+    "kept_z_hard",
+    "share",
+    "cross",
+    "apart",
+)
+TERM_FIELDS = ("value", "mass", "slope")
 
 
 def sizes(x):
@@ -63,6 +99,20 @@ def new_grad(student, wanted):
     return pages.advise_huge(student.new_empty(student.shape if wanted else (0,)))
 
 
+def new_statistics(student, fields):
+    """Empty statistics, (F, L) or (F, B, L), of student (L, V) or (B, L, V)."""
+    return student.new_empty((len(fields), *student.shape[:-1]), dtype=torch.float64)
+
+
+def new_unscale(student):
+    return new_losses(student)[1]
+
+
+def shard_fields(teacher):
+    """Those of statistics with a teacher as the operators take it."""
+    return SHARD_FIELDS if len(teacher) == 1 else KEPT_SHARD_FIELDS
+
+
 def _fake_distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
     return *new_losses(student), new_grad(student, want_grad)
 
@@ -75,28 +125,44 @@ def _fake_scale_rows_(*args):
     return None
 
 
+def _fake_shard_statistics(student, teacher, *rest):
+    return new_statistics(student, shard_fields(teacher))
+
+
+def _fake_shard_terms(student, *rest):
+    return new_statistics(student, TERM_FIELDS)
+
+
+def _fake_shard_gradient_(student, *rest):
+    return new_unscale(student)
+
+
 FAKES = {
     "distill_rows": _fake_distill_rows,
     "distill_rows_": _fake_distill_rows_,
     "scale_rows_": _fake_scale_rows_,
+    "shard_statistics": _fake_shard_statistics,
+    "shard_terms": _fake_shard_terms,
+    "shard_gradient_": _fake_shard_gradient_,
 }
 
 
 def register(backend, kernels):
     """Register a backend's kernels: dispatch key ("CPU", "CUDA") -> operator name -> function."""
-    for name, schema in SCHEMAS.items():
+    for name in dict.fromkeys(name for functions in kernels.values() for name in functions):
         overload = f"{name}.{backend}"
-        LIBRARY.define(overload + schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.define(overload + SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"kdkernels::{overload}", FAKES[name], lib=LIBRARY)
         for dispatch_key, functions in kernels.items():
             LIBRARY.impl(overload, functions[name], dispatch_key)
 
 
-def operators(compute, scale_rows_):
+def operators(compute, scale_rows_, shards):
     """Operator name -> function, of a backend that has one function for both ways to distil.
 
     `compute(student, teacher, labels, weights, num_items, grad, want_terms, options)` returns
     loss, unscale and rows and writes the gradient to `grad`, which may be the student, or None.
+    `shards`: the operators for shards.
     """
 
     def distill_rows(student, teacher, labels, weights, num_items, terms, want_grad, *options):
@@ -108,7 +174,8 @@ def operators(compute, scale_rows_):
         inputs = student, teacher, labels, weights, num_items
         return compute(*inputs, grad, terms, options)
 
-    return dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
+    whole = dict(distill_rows=distill_rows, distill_rows_=distill_rows_, scale_rows_=scale_rows_)
+    return whole | shards
 
 
 def as_list(teacher, student):

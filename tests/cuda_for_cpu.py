@@ -44,16 +44,19 @@ class Operators:
     def __init__(self, backend):
         self.backend = backend
 
-    def compute(self, name, *args):
-        """-> (the operator's arguments there, its results here)"""
+    def compute(self, name, *args, raises=True):
+        """-> (the operator's arguments there, its results here); raises for a bad label, or
+        forgets it: of shards it is the caller who knows the label."""
         moved = Moved()
         there = [moved(arg) for arg in args]
         results = ops.get(name, self.backend)(*there)
         torch.cuda.synchronize()
         row = bad_labels.take(torch.device("cuda", torch.cuda.current_device()))
-        if row is not None:
+        if row is not None and raises:
             labels, (*_, ignore_index, vocab_size, _) = args[2], args
             raise IndexError(ops.bad_label_message(labels, row, ignore_index, vocab_size))
+        if isinstance(results, torch.Tensor):
+            return there, results.cpu()
         return there, results and tuple(x.cpu() for x in results)
 
     def distill_rows(self, *args):
@@ -67,6 +70,17 @@ class Operators:
     def scale_rows_(self, grad, *rest):
         (scaled, *_), _ = self.compute("scale_rows_", grad, *rest)
         grad.copy_(scaled.cpu())
+
+    def shard_statistics(self, *args):
+        return self.compute("shard_statistics", *args, raises=False)[1]
+
+    def shard_terms(self, *args):
+        return self.compute("shard_terms", *args, raises=False)[1]
+
+    def shard_gradient_(self, *args):
+        there, unscale = self.compute("shard_gradient_", *args, raises=False)
+        args[6].copy_(there[6].cpu())
+        return unscale
 
 
 def register():

@@ -6,6 +6,7 @@ memory, by the number of columns.
 """
 
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -36,6 +37,7 @@ SETTINGS = [
 ]
 
 
+@functools.cache
 def build():
     """Compiles the module, or what of it changed -> (module, None), or (None, why it cannot)."""
     if os.environ.get(SWITCH) == "0":
@@ -73,6 +75,7 @@ def register():
         operators = native.operators(
             lambda device, *args: module.distill_rows(*args, DEVICE, SCHEDULE),
             lambda device, *args: module.scale_rows(*args),
+            lambda device, *args: module.shard_rows(*args, DEVICE, SCHEDULE),
         )
         ops.register(NAME, {"CPU": operators})
     BACKENDS[NAME] = Backend(

@@ -1,7 +1,8 @@
 """Launches the Triton kernels on a GPU that is not there: all of a call but the launch itself.
 
 `python tests/launch_triton.py sm_90 '[{"rows": 3}, …]'` prints a JSON list for each call of
-`kd_loss` and its backward: the launches, and what the compiler reports of their machine code.
+`kd_loss` and its backward, or of the operators for shards: the launches, and what the compiler
+reports of their machine code.
 A process of its own, because the suite's has kernels made for the interpreter.
 """
 
@@ -22,10 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kdkernels import LinearHead, TopK, kd_loss
-from kdkernels.backends import triton as backend
+from kdkernels import LinearHead, TopK, kd_loss, ops
 from kdkernels.backends import triton_kernels as kernels
+from kdkernels.backends import triton_launch as backend
 from kdkernels.backends.registry import BACKENDS
+from kdkernels.objective import make_objective
 
 # What the plans are made for: an A100, H100, B200, RTX 5090, MI250X, MI300X and RX 7900.
 DEVICES = {
@@ -106,11 +108,34 @@ def call(
     torch.autograd.grad(loss, student)
 
 
+def call_shards(rows, columns, dtype="bfloat16", has_labels=True, kept=None, **options):
+    """The three operators, of a shard of these columns."""
+    student, teacher = (torch.empty(rows, columns, dtype=getattr(torch, dtype)) for _ in range(2))
+    labels = torch.zeros(rows, dtype=torch.int64) if has_labels else None
+    defaults = dict(divergence="jsd", beta=None, temperature=2.0, alpha=0.5, t_squared=True)
+    defaults |= dict(label_smoothing=0.0, ignore_index=-100, reduction="mean")
+    options = defaults | dict(vocab_size=columns, has_labels=has_labels) | options
+    options = make_objective(**options).options()
+    teacher = [teacher]
+    if kept is not None:
+        ids = torch.arange(kept).repeat(rows, 1)
+        teacher = [ids, torch.zeros(ids.shape).double(), torch.zeros(rows).double()]
+    inputs = student, teacher, labels, None
+    fields = ops.shard_fields(teacher)
+    merged = torch.empty(len(fields) + 1, rows, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    ops.get("shard_statistics", "triton")(*inputs, False, *options)
+    ops.get("shard_terms", "triton")(*inputs, merged, False, True, *options)
+    gradient = ops.get("shard_gradient_", "triton")
+    gradient(*inputs, one, merged, student, 8 * columns, *options)
+
+
 @functools.cache
 def reports():
     """{hash: what the compiler reports} of all that has been compiled."""
     of_rows = kernels.distill_rows, kernels.distill_kept_rows, kernels.scale_rows
-    launched = (kernels.prepare, *of_rows, kernels.finish)
+    of_shards = kernels.shard_rows, kernels.shard_kept_rows
+    launched = (kernels.prepare, *of_rows, *of_shards, kernels.finish)
     compiled = (x for kernel in launched for x in kernel.device_caches[0][0].values())
     return {x.metadata.hash: report(x.asm) for x in compiled}
 
@@ -155,7 +180,7 @@ def main(name, calls):
     launches = []
     for options in json.loads(calls):
         here.launched = []
-        call(**options)
+        (call_shards if options.pop("shards", False) else call)(**options)
         launches.append(here.launched)
     print(json.dumps([[dict(x, **reports()[x["code"]]) for x in of] for of in launches]))
 

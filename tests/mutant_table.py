@@ -531,8 +531,8 @@ MUTANTS = (
     Mutant(
         "mean slope not divided",
         "cuda/row.h",
-        "return {fields[4], divide({fields[2], fields[3]}, {fields[0], fields[1]})};",
-        "return {fields[4], TwoFloats{fields[2], fields[3]}};",
+        "          divide({fields[2], fields[3]}, {fields[0], fields[1]}),\n",
+        "          TwoFloats{fields[2], fields[3]},\n",
         "rounded probabilities do not add up to 1",
     ),
     Mutant(

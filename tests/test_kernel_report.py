@@ -327,7 +327,10 @@ def forward_kl(tmp_path_factory):
     found = [
         cubin
         for cubin in cubins
-        if any("DivergenceE0E" in name for _, name in machine_code.resources(cubin))
+        if any(
+            "distill_kernel" in name and "DivergenceE0E" in name
+            for _, name in machine_code.resources(cubin)
+        )
     ]
     assert len(found) == len(archs)
     return found[-1]

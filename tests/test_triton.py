@@ -9,20 +9,24 @@ import time
 import pytest
 import torch
 from conftest import NAMES, assert_right, assert_same_bits, problem, run
+from oracle import assert_gradient_close, reference
+from oracle_sparse import probabilities, sparse_reference
 
-from kdkernels import kd_loss
-from kdkernels.backends import registry, triton
+from kdkernels import TopK, kd_loss, ops
+from kdkernels.backends import registry, triton, triton_launch
+from kdkernels.kept import keep
+from kdkernels.objective import make_objective
 
 UNAVAILABLE = triton.unavailable("cpu")
 interpreted = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"triton: {UNAVAILABLE}")
-H200 = triton.Device(lanes=32, multiprocessors=132, l2_bytes=60 << 20, nvidia=True)
-MI300 = triton.Device(lanes=64, multiprocessors=304, l2_bytes=4 << 20)
+H200 = triton_launch.Device(lanes=32, multiprocessors=132, l2_bytes=60 << 20, nvidia=True)
+MI300 = triton_launch.Device(lanes=64, multiprocessors=304, l2_bytes=4 << 20)
 SMALL = (  # an A100's seventh, an RTX 3060, an A2
-    triton.Device(lanes=32, multiprocessors=14, l2_bytes=5 << 20, nvidia=True),
-    triton.Device(lanes=32, multiprocessors=28, l2_bytes=3 << 20, nvidia=True),
-    triton.Device(lanes=32, multiprocessors=10, l2_bytes=2 << 20, nvidia=True),
+    triton_launch.Device(lanes=32, multiprocessors=14, l2_bytes=5 << 20, nvidia=True),
+    triton_launch.Device(lanes=32, multiprocessors=28, l2_bytes=3 << 20, nvidia=True),
+    triton_launch.Device(lanes=32, multiprocessors=10, l2_bytes=2 << 20, nvidia=True),
 )
-ARC = triton.Device(lanes=32, multiprocessors=0, l2_bytes=0)
+ARC = triton_launch.Device(lanes=32, multiprocessors=0, l2_bytes=0)
 
 
 def test_importing_the_package_does_not_import_the_kernels():
@@ -70,7 +74,7 @@ def test_a_gpu_that_triton_does_not_compile_for(monkeypatch):
 @pytest.mark.parametrize("device", [H200, MI300, ARC, *SMALL])
 @pytest.mark.parametrize("columns", [1, 2, 8, 10, 1000, 4096, 4097, 32000, 128256, 262144])
 def test_every_row_is_somebodys(device, columns):
-    plan = triton.make_plan(device, 8192, columns, 6 * columns)
+    plan = triton_launch.make_plan(device, 8192, columns, 6 * columns)
     assert not plan.held or (8 * plan.chunks >= columns and plan.programs == 1)
     assert plan.rows == 1 or plan.held
     assert plan.teams * plan.rows >= 8192 or (plan.programs > 1 and plan.teams >= 1)
@@ -83,20 +87,20 @@ def test_every_row_is_somebodys(device, columns):
 @pytest.mark.parametrize("device", [H200, MI300, *SMALL])
 @pytest.mark.parametrize("columns", [32000, 128256, 262144])
 def test_rows_in_work_fit_the_cache_and_the_device(device, columns):
-    plan = triton.make_plan(device, 8192, columns, 6 * columns)
-    resident = device.multiprocessors * triton.PROGRAMS_PER_MULTIPROCESSOR
+    plan = triton_launch.make_plan(device, 8192, columns, 6 * columns)
+    resident = device.multiprocessors * triton_launch.PROGRAMS_PER_MULTIPROCESSOR
     assert plan.teams * plan.programs <= resident or plan.programs == 1
     in_work = min(plan.teams, resident // plan.programs) * 6 * columns
     tiles = columns // (8 * plan.chunks)
-    most = min(triton.MAX_PROGRAMS, tiles, resident)
+    most = min(triton_launch.MAX_PROGRAMS, tiles, resident)
     assert in_work <= device.l2_bytes // 2 or 2 * plan.programs > most
 
 
 def test_the_interpreter_has_no_programs_that_wait_for_others(monkeypatch):
     """Of CUDA tensors too, which is how Triton's kernels are debugged."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    device = triton.device_of(torch.device("cuda", 0))
-    assert triton.make_plan(device, 8192, 262144, 6 * 262144).programs == 1
+    device = triton_launch.device_of(torch.device("cuda", 0))
+    assert triton_launch.make_plan(device, 8192, 262144, 6 * 262144).programs == 1
 
 
 # ---- Programs that share a row -------------------------------------------------------------------
@@ -108,7 +112,7 @@ def shared_rows(request, monkeypatch):
     from triton.runtime import interpreter
 
     def plan(rows, columns):
-        return triton.Plan(1, 4, False, request.param, min(rows, 3), 1)
+        return triton_launch.Plan(1, 4, False, request.param, min(rows, 3), 1)
 
     class Here(threading.local):
         index = None
@@ -146,7 +150,7 @@ def shared_rows(request, monkeypatch):
             assert not thread.is_alive(), "programs wait for each other"
         assert not errors, errors
 
-    monkeypatch.setattr(triton, "_interpreted", plan)
+    monkeypatch.setattr(triton_launch, "_interpreted", plan)
     monkeypatch.setattr(type(builder), "grid_idx", index, raising=False)
     monkeypatch.setattr(builder, "create_atomic_rmw", add_and_let_others_go_on)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", together)
@@ -182,6 +186,44 @@ def test_shared_rows_of_every_path(shared_rows):
     terms = kd_loss(student, teacher, labels, alpha=1.0, return_terms=True, backend="triton")
     alone = kd_loss(student, teacher, labels, alpha=0.0, backend="triton")
     assert terms.hard.item() == pytest.approx(alone.item(), rel=1e-6)
+
+
+def of_one_shard(student, teacher, labels, objective):
+    """The gradient by a shard that has all columns: nothing has to be merged."""
+    inputs, options = (student, ops.as_list(teacher, student), labels, None), objective.options()
+    found = torch.ops.kdkernels.shard_statistics.triton(*inputs, False, *options)
+    merged = torch.cat([found, torch.zeros_like(found[:1])])
+    if objective.divergence != "forward_kl":
+        terms = torch.ops.kdkernels.shard_terms.triton
+        _, mass, slope = terms(*inputs, merged, False, True, *options)
+        merged[-1] = slope / mass
+    grad = torch.empty_like(student)
+    rest = None, merged, grad, objective.vocab_size
+    unscale = torch.ops.kdkernels.shard_gradient_.triton(*inputs, *rest, *options)
+    return (grad.double() * unscale.view(-1, 1)).to(grad.dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shards_whose_rows_programs_share(shared_rows, divergence, dtype):
+    """Dense and sparse teachers; a near row, a confident one, and one that does not count."""
+    student, teacher, labels = problem(5, 150, dtype=dtype)
+    teacher[0] = student[0] + 1e-3 * torch.randn(150)
+    student[1, labels[1]] += 60.0
+    labels[2] = -100
+    log_p, ids = teacher.double().log_softmax(-1).topk(9, -1)
+    common = dict(divergence=divergence, label_smoothing=0.1, alpha=0.5)
+    fixed = dict(beta=None, temperature=1.0, t_squared=True, ignore_index=-100, reduction="sum")
+    objective = make_objective(vocab_size=150, has_labels=True, **common, **fixed)
+    kept = keep(TopK(ids, log_p), labels, objective)
+    common["reduction"] = "sum"
+    grad = of_one_shard(student, teacher, labels, objective)
+    assert_gradient_close(grad, reference(student, teacher, labels, **common), check_blind=False)
+    p = probabilities(ids, log_p, "bucket", 150, 1.0)
+    grad = of_one_shard(student, kept, labels, objective)
+    exact = sparse_reference(student, ids, p, labels, **common)
+    assert_gradient_close(grad, exact, check_blind=False)
 
 
 @interpreted

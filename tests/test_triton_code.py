@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kdkernels.backends import triton
+from kdkernels.backends import triton_launch
 from kdkernels.objective import DIVERGENCES
 
 pytestmark = pytest.mark.skipif(
@@ -86,6 +86,27 @@ def test_programs():
     ]
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_machine_code_for_shards(target):
+    """As that of whole rows."""
+    calls = [
+        dict(LONG, shards=True, divergence="forward_kl"),
+        dict(LONG, shards=True, columns=1000, dtype="float16"),
+        dict(LONG, shards=True, kept=64),
+    ]
+    for options, launched in zip(calls, launches(target, calls), strict=True):
+        phases = [x for x in launched if x["kernel"] != "prepare"]
+        assert len(phases) == 3 and len(launched) == 6
+        for launch in launched:
+            assert not launch["spills"] and not launch["local"] and not launch["doubles"]
+            threads = launch["threads"] * triton_launch.PROGRAMS_PER_MULTIPROCESSOR
+            assert threads <= 1024
+            if launch["cooperative"] and target.startswith("sm_"):
+                assert launch["registers"] * threads <= REGISTERS
+        assert phases[0]["wide"] and phases[2]["wide"]
+        assert phases[0]["cooperative"] == (options["columns"] > 4096)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code(target):
     """Nothing spills or is a double; logits are read 16 bytes at a time; programs that wait for
@@ -99,7 +120,7 @@ def test_machine_code(target):
         rows = of_the_rows(launched)
         assert rows["cooperative"] == (options["columns"] > 4096)
         if rows["cooperative"]:
-            threads = rows["threads"] * triton.PROGRAMS_PER_MULTIPROCESSOR
+            threads = rows["threads"] * triton_launch.PROGRAMS_PER_MULTIPROCESSOR
             assert threads <= 1024
             if target.startswith("sm_"):
                 assert rows["registers"] * threads <= REGISTERS

@@ -69,6 +69,55 @@ struct DistillArgs {
   Objective objective;
 };
 
+// What the rows of a shard hold: the columns of one of several devices (kdkernels/parallel/).
+// Statistics of its columns, or merged over all of them, are (fields, B · L) in this order.
+
+struct ShardStatistics {
+  double max_s;   // the highest logit
+  double z_s;     // Σ e^{(s − max_s)/T}
+  double z_rest;  // Σ_{j≠y} e^{s_j − max_s}
+  double label;   // s_y; −inf where the label's column is not here
+  double offset;  // Σ (s − max_s)
+  double max_t;
+  double z_t;        // Σ e^{(t − max_t)/T}
+  double log_ratio;  // log(z_s / z_t), of these columns; exactly 0 where they are equal
+  double kl;         // the forward KL of their softmaxes, where that is the divergence
+};
+
+// Of rows whose teacher is sparse. Others are the classes that are neither kept nor the label.
+struct KeptShardStatistics {
+  double others;       // the highest of them
+  double z;            // Σ e^{(s − others)/T} over them
+  double z_hard;       // Σ e^{s − others} over them
+  double label;        // s_y; −inf where the label's column is not here
+  double offset;       // Σ (s − highest) over all classes
+  double highest;      // of all classes
+  double kept_z;       // Σ e^{(s − highest)/T} over the kept classes
+  double kept_z_hard;  // Σ e^{s − highest} over those that are not the label
+  double share;        // Σ p over the kept classes
+  double cross;        // Σ p (log p − (s − highest)/T) over them
+  double apart;        // 1 where the label is here and not kept
+};
+
+enum class Phase : int {
+  kStatistics = 0,  // -> out: the statistics of these columns
+  kTerms = 1,       // merged -> out, three fields: what these columns add to D, Σ q and Σ q φ
+  kGradient = 2,    // merged -> rows.grad, rows.unscale
+};
+
+struct ShardArgs {
+  // Of these columns, which objective.vocab_size counts; there are neither losses nor rows. Labels
+  // are columns here, kElsewhere, kOutOfRange or objective.ignore_index, which is neither.
+  DistillArgs rows;
+  std::int64_t classes;  // V, of all shards together
+  // The statistics of the whole rows, and one field more, the mean slope Σ q φ.
+  const double* merged;
+  double* out;
+  bool leads;  // the shard that adds what is nobody's: a sparse teacher's rest to kTerms
+};
+
+constexpr std::int64_t kElsewhere = -1, kOutOfRange = -2;
+
 struct ScaleArgs {
   std::int64_t batch, length;
   Rows grad;              // (B, L, V_s)

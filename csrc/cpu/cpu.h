@@ -12,15 +12,17 @@ std::int64_t find_bad_label(const DistillArgs& args);
 
 void distill_rows(const DistillArgs& args, int threads);
 void scale_rows(const ScaleArgs& args, int threads);
+void shard_rows(Phase phase, const ShardArgs& args, int threads);
 
 // The instruction-set level in use, as in "x86_64_v4".
 const char* isa_level();
 
 // One copy per instruction-set level; see CMakeLists.txt.
-#define KDK_DECLARE_LEVEL(level)                           \
-  namespace level {                                        \
-  void distill_rows(const DistillArgs& args, int threads); \
-  void scale_rows(const ScaleArgs& args, int threads);     \
+#define KDK_DECLARE_LEVEL(level)                                    \
+  namespace level {                                                 \
+  void distill_rows(const DistillArgs& args, int threads);          \
+  void scale_rows(const ScaleArgs& args, int threads);              \
+  void shard_rows(Phase phase, const ShardArgs& args, int threads); \
   }
 
 #ifdef KDK_X86_LEVELS

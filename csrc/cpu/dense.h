@@ -219,18 +219,20 @@ double normaliser_difference(const Task& task, const Statistics& sums) {
 struct NormaliserRatio {
   double log;  // log(z_s / z_t)
   double kl;   // the forward KL, to about 1e-6 · (1 + |log|)
-  bool far;    // whether that is exact enough, and with it Care::kFar
+
+  // Whether that is exact enough, and with it Care::kFar.
+  bool far() const {
+    return kl >= kFarFrom<Divergence::kForwardKL> * (1 + std::fabs(log)) && std::isfinite(kl);
+  }
 };
 
 NormaliserRatio normaliser_ratio(const Task& task, const Statistics& sums) {
-  NormaliserRatio ratio{std::log(sums.z_s / sums.z_t), 0, false};
+  NormaliserRatio ratio{std::log(sums.z_s / sums.z_t), 0};
   // Infinite or NaN where the student rules a class out that the teacher does not.
   ratio.kl = ratio.log - sums.gap / (task.temperature * sums.z_t);
   if (ratio.kl < kNearKL) {
     ratio.log = std::log1p(normaliser_difference(task, sums) / sums.z_t);
   }
-  ratio.far = ratio.kl >= kFarFrom<Divergence::kForwardKL> * (1 + std::fabs(ratio.log)) &&
-              std::isfinite(ratio.kl);
   return ratio;
 }
 
@@ -350,7 +352,7 @@ float label_gradient(const Task& task, const Statistics& sums, const RowFrame& r
                                                                 &distill);
   }
   const double rest = sums.z_rest / sums.z_hard();
-  const double smoothed = task.label_smoothing * (1 - 1.0 / static_cast<double>(task.columns));
+  const double smoothed = task.label_smoothing * (1 - 1.0 / static_cast<double>(task.classes));
   return static_cast<float>(distill + grad.scale * grad.hard * ((0 - rest) + smoothed));
 }
 
@@ -365,7 +367,7 @@ GradientFrame make_gradient_frame(const Task& task, const Statistics& sums, doub
   if (task.hard) {
     frame.hard = static_cast<float>(hard / sums.z_hard());
     frame.smoothing =
-        static_cast<float>(hard * task.label_smoothing / static_cast<double>(task.columns));
+        static_cast<float>(hard * task.label_smoothing / static_cast<double>(task.classes));
   }
   return frame;
 }
@@ -379,7 +381,7 @@ DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const Ro
     const float peak = gradient_sweep<kDivergence, kDistill, kCare, false>(
                            task, sums, row, mean_slope, measured, slopes, backward)
                            .peak;
-    const double prescale = float16_prescale(std::fabs(grad.scale) * peak);
+    const double prescale = float16_prescale(std::fabs(grad.scale) * peak, grad.weight());
     *grad.unscale = static_cast<float>(1 / prescale);
     grad.scale *= prescale;
     backward = !backward;
@@ -389,8 +391,10 @@ DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const Ro
     return sweep<kDivergence, kDistill, false, 0, kCare, kValue, true>(task, row, frame, 0, &grad,
                                                                        slopes, backward);
   }
-  const float label =
-      label_gradient<kDivergence, kDistill, kCare>(task, sums, row, frame, grad, slopes);
+  float label = 0;
+  if (task.label >= 0) {
+    label = label_gradient<kDivergence, kDistill, kCare>(task, sums, row, frame, grad, slopes);
+  }
   const auto run = [&](auto power) {
     return sweep<kDivergence, kDistill, true, decltype(power)::value, kCare, kValue, true>(
         task, row, frame, label, &grad, slopes, backward);
@@ -410,67 +414,92 @@ DivergenceSums gradient_sweep(const Task& task, const Statistics& sums, const Ro
   return run(std::integral_constant<int, 0>());
 }
 
+// body(an integral constant) for the divergence of a row; forward KL, the default, alone has a
+// faster variant than Care::kNear.
+template <typename Body>
+auto by_divergence(Divergence divergence, const Body& body) {
+  switch (divergence) {
+    case Divergence::kReverseKL:
+      return body(std::integral_constant<Divergence, Divergence::kReverseKL>());
+    case Divergence::kJSD:
+      return body(std::integral_constant<Divergence, Divergence::kJSD>());
+    case Divergence::kSkewForwardKL:
+      return body(std::integral_constant<Divergence, Divergence::kSkewForwardKL>());
+    case Divergence::kSkewReverseKL:
+      return body(std::integral_constant<Divergence, Divergence::kSkewReverseKL>());
+    case Divergence::kTVD:
+      return body(std::integral_constant<Divergence, Divergence::kTVD>());
+    case Divergence::kForwardKL:
+    case Divergence::kKept:  // no row's own: see kept.h
+      break;
+  }
+  return body(std::integral_constant<Divergence, Divergence::kForwardKL>());
+}
+
+// D, Σ q and Σ q φ; φ goes to `slopes`, unless that is null.
+template <Divergence kDivergence>
+DivergenceSums value_sweep(const Task& task, const RowFrame& row, float* slopes) {
+  return sweep<kDivergence, true, false, 0, Care::kNear, true, false>(task, row, GradientFrame{}, 0,
+                                                                      nullptr, slopes, true);
+}
+
 // D, and with `grad` the gradient of both terms.
-template <Divergence kDivergence, Care kCare>
-double divergence(const Task& task, const Statistics& sums, double log_ratio,
-                  const GradientTask* grad) {
+template <Divergence kDivergence>
+double near_divergence(const Task& task, const Statistics& sums, double log_ratio,
+                       const GradientTask* grad) {
   const RowFrame row = make_frame(task, sums, log_ratio);
   if constexpr (kDivergence == Divergence::kForwardKL) {
     if (grad != nullptr) {
-      return gradient_sweep<kDivergence, true, kCare, true>(task, sums, row, 0, *grad, nullptr,
-                                                            true)
+      return gradient_sweep<kDivergence, true, Care::kNear, true>(task, sums, row, 0, *grad,
+                                                                  nullptr, true)
           .value;
     }
   }
   float* slopes = grad == nullptr ? nullptr : row_of_floats(task.columns);
-  const DivergenceSums value = sweep<kDivergence, true, false, 0, kCare, true, false>(
-      task, row, GradientFrame{}, 0, nullptr, slopes, true);
+  const DivergenceSums value = value_sweep<kDivergence>(task, row, slopes);
   if (grad == nullptr) return value.value;
   if (!std::isfinite(value.value)) {  // the reverse KL where the teacher rules a class out
     fill(kNaN, grad->dtype, 0, task.columns, grad->row);
   } else {
-    gradient_sweep<kDivergence, true, kCare, false>(task, sums, row, value.mean_slope(), *grad,
-                                                    slopes, false);
+    gradient_sweep<kDivergence, true, Care::kNear, false>(task, sums, row, value.mean_slope(),
+                                                          *grad, slopes, false);
   }
   return value.value;
 }
 
-double divergence(const Task& task, const Statistics& sums, const GradientTask* grad) {
-  const auto [log_ratio, kl, far] = normaliser_ratio(task, sums);
-  constexpr Care kCare = Care::kNear;  // the forward KL, the default, alone has a faster variant
-  switch (task.divergence) {
-    case Divergence::kForwardKL:
-      if (!far) return divergence<Divergence::kForwardKL, kCare>(task, sums, log_ratio, grad);
-      if (grad != nullptr) {
-        const RowFrame row = make_frame(task, sums, log_ratio);
-        const auto write = [&](auto care) {
-          gradient_sweep<Divergence::kForwardKL, true, decltype(care)::value, false>(
-              task, sums, row, 0, *grad, nullptr, true);
-        };
-        // float16 shows more of a gradient's bits than float32's far form has.
-        if (task.student.dtype == DType::kFloat16) {
-          write(std::integral_constant<Care, kCare>());
-        } else if (sums.normal) {
-          write(std::integral_constant<Care, Care::kFarNormal>());
-        } else {
-          write(std::integral_constant<Care, Care::kFar>());
-        }
-      }
-      return kl;
-    case Divergence::kReverseKL:
-      return divergence<Divergence::kReverseKL, kCare>(task, sums, log_ratio, grad);
-    case Divergence::kJSD:
-      return divergence<Divergence::kJSD, kCare>(task, sums, log_ratio, grad);
-    case Divergence::kSkewForwardKL:
-      return divergence<Divergence::kSkewForwardKL, kCare>(task, sums, log_ratio, grad);
-    case Divergence::kSkewReverseKL:
-      return divergence<Divergence::kSkewReverseKL, kCare>(task, sums, log_ratio, grad);
-    case Divergence::kTVD:
-      return divergence<Divergence::kTVD, kCare>(task, sums, log_ratio, grad);
-    case Divergence::kKept:
-      break;  // no row's own: see kept.h
+// The gradient of both terms, the forward KL's value being known.
+void forward_gradient(const Task& task, const Statistics& sums, const NormaliserRatio& ratio,
+                      const GradientTask& grad) {
+  const RowFrame row = make_frame(task, sums, ratio.log);
+  const auto write = [&](auto care) {
+    gradient_sweep<Divergence::kForwardKL, true, decltype(care)::value, false>(task, sums, row, 0,
+                                                                               grad, nullptr, true);
+  };
+  // float16 shows more of a gradient's bits than float32's far form has.
+  if (!ratio.far() || task.student.dtype == DType::kFloat16) {
+    write(std::integral_constant<Care, Care::kNear>());
+  } else if (sums.normal) {
+    write(std::integral_constant<Care, Care::kFarNormal>());
+  } else {
+    write(std::integral_constant<Care, Care::kFar>());
   }
-  return kNaN;
+}
+
+double divergence(const Task& task, const Statistics& sums, const NormaliserRatio& ratio,
+                  const GradientTask* grad) {
+  if (task.divergence == Divergence::kForwardKL && ratio.far()) {
+    if (grad != nullptr) forward_gradient(task, sums, ratio, *grad);
+    return ratio.kl;
+  }
+  return by_divergence(task.divergence, [&](auto of) {
+    return near_divergence<decltype(of)::value>(task, sums, ratio.log, grad);
+  });
+}
+
+// The gradient of the cross-entropy alone.
+void hard_gradient(const Task& task, const Statistics& sums, const GradientTask& grad) {
+  gradient_sweep<Divergence::kForwardKL, false, Care::kFar, false>(
+      task, sums, make_frame(task, sums, 0.0), 0, grad, nullptr, true);
 }
 
 double cross_entropy(const Task& task, const Statistics& sums) {
@@ -480,7 +509,7 @@ double cross_entropy(const Task& task, const Statistics& sums) {
   const double nll = sums.x_label == 0 ? std::log1p(sums.z_rest) : log_z - sums.x_label;
   const double smoothing = task.label_smoothing;
   if (smoothing == 0) return nll;
-  const double uniform = log_z - sums.offset / static_cast<double>(task.columns);
+  const double uniform = log_z - sums.offset / static_cast<double>(task.classes);
   return (smoothing < 1 ? (1 - smoothing) * nll : 0) + smoothing * uniform;
 }
 
@@ -495,10 +524,9 @@ RowLoss evaluate(const Task& task, const GradientTask* grad) {
   if (!distill_ok || !hard_ok) {
     if (grad != nullptr) fill(kNaN, grad->dtype, 0, task.columns, grad->row);
   } else if (task.distill) {
-    loss.distill = divergence(task, sums, grad);
+    loss.distill = divergence(task, sums, normaliser_ratio(task, sums), grad);
   } else if (grad != nullptr) {
-    gradient_sweep<Divergence::kForwardKL, false, Care::kFar, false>(
-        task, sums, make_frame(task, sums, 0.0), 0, *grad, nullptr, true);
+    hard_gradient(task, sums, *grad);
   }
   return loss;
 }

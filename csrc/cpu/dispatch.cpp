@@ -8,10 +8,11 @@ struct Level {
   const char* name;
   void (*distill_rows)(const DistillArgs&, int);
   void (*scale_rows)(const ScaleArgs&, int);
+  void (*shard_rows)(Phase, const ShardArgs&, int);
 };
 
 #define KDK_LEVEL(level) \
-  Level { #level, level::distill_rows, level::scale_rows }
+  Level { #level, level::distill_rows, level::scale_rows, level::shard_rows }
 
 Level choose() {
 #ifdef KDK_X86_LEVELS
@@ -43,6 +44,10 @@ std::int64_t find_bad_label(const DistillArgs& args) {
 void distill_rows(const DistillArgs& args, int threads) { level().distill_rows(args, threads); }
 
 void scale_rows(const ScaleArgs& args, int threads) { level().scale_rows(args, threads); }
+
+void shard_rows(Phase phase, const ShardArgs& args, int threads) {
+  level().shard_rows(phase, args, threads);
+}
 
 const char* isa_level() { return level().name; }
 

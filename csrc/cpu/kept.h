@@ -29,7 +29,7 @@ struct Single {
 // The kept classes and the label, by column.
 std::vector<Single> singles_of(const Task& task) {
   std::vector<Single> singles;
-  bool label_pending = task.hard;
+  bool label_pending = task.label >= 0;
   const auto add_label = [&] {
     singles.push_back({task.label, -static_cast<double>(kInfinity), false, 0, 0});
     label_pending = false;
@@ -107,8 +107,10 @@ TileSum sum_tile(const float* s, std::int64_t begin, std::int64_t n, float max, 
   return {z, peak};
 }
 
-Others sum_others(const Task& task, std::vector<Single>& singles) {
+// `max`: known to be no less than any of them, or −inf.
+Others sum_others(const Task& task, std::vector<Single>& singles, float max) {
   Others others;
+  others.max = max;
   others.exponentials = row_of_floats(task.columns);
   others.maxima.reserve(static_cast<std::size_t>((task.columns + kTile - 1) / kTile));
   alignas(64) Buffer buffer, rest;
@@ -199,10 +201,10 @@ double sum_of_offsets(const Task& task, double max) {
 
 KeptSums sums_of(const Task& task, const Others& others, double highest,
                  const std::vector<Single>& singles) {
-  KeptSums sums{others.max - highest, others.z, others.z_hard, 0, 0, task.hard, false, 0};
+  KeptSums sums{others.max - highest, others.z, others.z_hard, 0, 0, task.label >= 0, false, 0};
   for (const Single& single : singles) {
     const double s = single.s - highest;
-    const bool is_label = task.hard && single.column == task.label;
+    const bool is_label = single.column == task.label;
     if (single.kept) sums.kept_z += std::exp(s / task.temperature);
     if (single.kept && !is_label) sums.kept_z_hard += std::exp(s);
     if (is_label) {
@@ -219,47 +221,79 @@ struct OtherShares {
   double rest = 0;  // what the rest as a whole has of D's gradient
 };
 
-// D, and its gradient times `unit`.
-double distill_singles(const Task& task, const KeptSums& sums, double highest, double unit,
-                       std::vector<Single>& singles, OtherShares& others) {
+// What the classes have of D: the rest as a whole, and one by one the singles, of which a label
+// that the teacher does not know is in the rest.
+struct DistillShares {
+  KeptFrame frame;
+  KeptShare rest;
+  std::vector<KeptShare> of_singles;
+};
+
+DistillShares distill_shares(const Task& task, const KeptSums& sums, double highest,
+                             const std::vector<Single>& singles) {
   const KeptFrame frame = kept_frame(sums, task.temperature);
   const auto share = [&](double log_p, double log_q) {
     return kept_share(task.divergence, {log_p, log_q}, task.mixture.teacher, task.mixture.student);
   };
-  const KeptShare of_rest = share(task.kept.log_rest, frame.log_q_rest);
-  double value = of_rest.term, mean = of_rest.push;
-  std::vector<KeptShare> shares;
+  DistillShares shares{frame, share(task.kept.log_rest, frame.log_q_rest), {}};
   for (const Single& single : singles) {
     const double log_q = (single.s - highest) * frame.rate - frame.log_z;
-    shares.push_back(single.kept ? share(single.log_p, log_q) : KeptShare{});
-    value += shares.back().term;
-    mean += shares.back().push;
+    shares.of_singles.push_back(single.kept ? share(single.log_p, log_q) : KeptShare{});
   }
-  const double rest = rest_part(frame, of_rest, mean);
+  return shares;
+}
+
+// `first` and what the singles have.
+KeptShare total(KeptShare first, const DistillShares& shares) {
+  for (const KeptShare& share : shares.of_singles) {
+    first.term += share.term;
+    first.push += share.push;
+  }
+  return first;
+}
+
+// D's gradient times `unit`; `mean` is Σ q φ.
+void distill_parts(const DistillShares& shares, const KeptSums& sums, double highest, double mean,
+                   double unit, std::vector<Single>& singles, OtherShares& others) {
+  const KeptFrame& frame = shares.frame;
+  const double rest = rest_part(frame, shares.rest, mean);
   for (std::size_t i = 0; i < singles.size(); ++i) {
     const double s = singles[i].s - highest;
-    singles[i].part = unit * (singles[i].kept ? kept_part(frame, shares[i], mean, s)
+    singles[i].part = unit * (singles[i].kept ? kept_part(frame, shares.of_singles[i], mean, s)
                                               : rest * share_of(frame.rest, s * frame.rate));
   }
   others.distill = unit * rest * share_of(frame.rest, sums.others * frame.rate);
   others.rest = rest;
-  return value;
 }
 
-// The cross-entropy; its gradient times `unit` is added.
-double hard_singles(const Task& task, const KeptSums& sums, double highest, double unit,
-                    std::vector<Single>& singles, OtherShares& others) {
-  const KeptHard hard = kept_hard(sums);
-  const double smoothing = task.label_smoothing, columns = static_cast<double>(task.columns);
+// D, and its gradient times `unit`.
+double distill_singles(const Task& task, const KeptSums& sums, double highest, double unit,
+                       std::vector<Single>& singles, OtherShares& others) {
+  const DistillShares shares = distill_shares(task, sums, highest, singles);
+  const KeptShare all = total(shares.rest, shares);
+  distill_parts(shares, sums, highest, all.push, unit, singles, others);
+  return all.term;
+}
+
+// The cross-entropy's gradient times `unit` is added.
+void hard_parts(const Task& task, const KeptHard& hard, const KeptSums& sums, double highest,
+                double unit, std::vector<Single>& singles, OtherShares& others) {
+  const double smoothing = task.label_smoothing, classes = static_cast<double>(task.classes);
   for (Single& single : singles) {
     const bool is_label = single.column == task.label;
-    const double smoothed = is_label ? smoothing * (1 - 1 / columns) : -smoothing / columns;
+    const double smoothed = is_label ? smoothing * (1 - 1 / classes) : -smoothing / classes;
     single.part += unit * (hard_part(hard, single.s - highest, is_label) + smoothed);
   }
   others.hard = unit * share_of(hard.all, sums.others);
+}
+
+double kept_cross_entropy(const Task& task, const KeptHard& hard, const KeptSums& sums,
+                          double highest) {
+  const double smoothing = task.label_smoothing;
   const double loss = label_loss(hard, sums.label);
   if (smoothing == 0) return loss;
-  const double uniform = log_of(hard.all) - sum_of_offsets(task, highest) / columns;
+  const double uniform =
+      log_of(hard.all) - sum_of_offsets(task, highest) / static_cast<double>(task.classes);
   return (smoothing < 1 ? (1 - smoothing) * loss : 0) + smoothing * uniform;
 }
 
@@ -271,7 +305,7 @@ float write_kept_gradient(const Task& task, const Others& others, std::vector<Si
   const bool two = task.hard && task.power != 1;  // e^s is no e^{s/T}
   if (!two) shares.distill += shares.hard;
   const auto hard = static_cast<float>(grad.scale * shares.hard);
-  const double smoothed = task.label_smoothing / static_cast<double>(task.columns);
+  const double smoothed = task.label_smoothing / static_cast<double>(task.classes);
   const auto smoothing = static_cast<float>(task.hard ? grad.scale * grad.hard * smoothed : 0);
   const float max = anchor(others.max);
   alignas(64) Buffer buffer, slopes, buffer_out;
@@ -311,11 +345,31 @@ float write_kept_gradient(const Task& task, const Others& others, std::vector<Si
   return peak;
 }
 
-RowLoss evaluate_kept(const Task& task, const GradientTask* grad) {
-  std::vector<Single> singles = singles_of(task);
-  const Others others = sum_others(task, singles);
+// The same, float16 at the row's own scale.
+void write_scaled(const Task& task, const Others& others, std::vector<Single>& singles,
+                  const OtherShares& shares, GradientTask grad) {
+  if (grad.dtype == DType::kFloat16) {
+    GradientTask measured = grad;
+    measured.row = nullptr;
+    measured.scale = 1;
+    const float peak = write_kept_gradient(task, others, singles, shares, measured);
+    const double prescale = float16_prescale(std::fabs(grad.scale) * peak, grad.weight());
+    *grad.unscale = static_cast<float>(1 / prescale);
+    grad.scale *= prescale;
+  }
+  write_kept_gradient(task, others, singles, shares, grad);
+}
+
+double highest_of(const Others& others, const std::vector<Single>& singles) {
   double highest = others.max;
   for (const Single& single : singles) highest = std::max(highest, single.s);
+  return highest;
+}
+
+RowLoss evaluate_kept(const Task& task, const GradientTask* grad) {
+  std::vector<Single> singles = singles_of(task);
+  const Others others = sum_others(task, singles, -kInfinity);
+  const double highest = highest_of(others, singles);
   KeptSums sums = sums_of(task, others, highest, singles);
   RowLoss loss;
   OtherShares shares;
@@ -326,26 +380,18 @@ RowLoss evaluate_kept(const Task& task, const GradientTask* grad) {
     loss.distill = distill_singles(task, sums, highest, unit, singles, shares);
   }
   if (task.hard) {
-    loss.hard = hard_singles(task, sums, highest, grad ? grad->hard : 0, singles, shares);
+    const KeptHard hard = kept_hard(sums);
+    hard_parts(task, hard, sums, highest, grad ? grad->hard : 0, singles, shares);
+    loss.hard = kept_cross_entropy(task, hard, sums, highest);
   }
   if (grad == nullptr) return loss;
   const bool gradient = task.divergence == Divergence::kForwardKL ? loss.distill == loss.distill
                                                                   : std::isfinite(loss.distill);
   if (!gradient || loss.hard != loss.hard) {
     fill(kNaN, grad->dtype, 0, task.columns, grad->row);
-    return loss;
+  } else {
+    write_scaled(task, others, singles, shares, *grad);
   }
-  GradientTask written = *grad;
-  if (grad->dtype == DType::kFloat16) {
-    GradientTask measured = *grad;
-    measured.row = nullptr;
-    measured.scale = 1;
-    const float peak = write_kept_gradient(task, others, singles, shares, measured);
-    const double prescale = float16_prescale(std::fabs(grad->scale) * peak);
-    *grad->unscale = static_cast<float>(1 / prescale);
-    written.scale *= prescale;
-  }
-  write_kept_gradient(task, others, singles, shares, written);
   return loss;
 }
 

@@ -1,7 +1,7 @@
 // The row operators on a CPU: which rows count, what they are told, and the sum over them. The rows
-// themselves are in dense.h and kept.h.
+// themselves are in dense.h and kept.h, those of shards in shard.h and kept_shard.h.
 #include "cpu/cpu.h"
-#include "cpu/kept.h"
+#include "cpu/kept_shard.h"
 
 namespace kdk {
 namespace KDK_ISA {
@@ -10,7 +10,8 @@ namespace {
 // Rows with fewer elements in all than this are not worth waking other threads for.
 constexpr std::int64_t kParallelElements = 1 << 15;
 
-RowLoss evaluate_row(const Task& task, const GradientTask* grad) {
+RowLoss evaluate_row(Task task, const GradientTask* grad) {
+  if (!task.hard) task.label = -1;
   return task.distill && task.kept.count > 0 ? evaluate_kept(task, grad) : evaluate(task, grad);
 }
 
@@ -29,7 +30,7 @@ Task make_task(const DistillArgs& args) {
   task.teacher.dtype = args.teacher.dtype;
   task.student.cap = make_cap(objective.student_scale, objective.student_cap);
   task.teacher.cap = make_cap(objective.teacher_scale, objective.teacher_cap);
-  task.columns = objective.vocab_size;
+  task.columns = task.classes = objective.vocab_size;
   task.label = -1;
   task.distill = objective.distill_weight != 0;
   task.hard = objective.hard_weight != 0;
@@ -46,47 +47,66 @@ Task make_task(const DistillArgs& args) {
   return task;
 }
 
-// `denominator` is what the gradient is divided by, besides the row's weight.
-void distill_row(const DistillArgs& args, Task task, double denominator, std::int64_t row) {
+bool counts(const DistillArgs& args, std::int64_t row) {
+  return args.labels == nullptr || args.labels[row] != args.objective.ignore_index;
+}
+
+double weight_of(const DistillArgs& args, std::int64_t row) {
+  return args.weights == nullptr ? 1 : args.weights[row];
+}
+
+// A task, and where its gradient goes, if it is wanted.
+struct RowTask {
+  Task task;
+  GradientTask grad;
+};
+
+RowTask make_row(const DistillArgs& args, const Task& task, double denominator, std::int64_t row) {
   const Objective& objective = args.objective;
   const std::int64_t b = row / args.length, l = row % args.length;
+  RowTask of{task, {}};
+  if (args.labels != nullptr) of.task.label = args.labels[row];
+  of.task.student.row = row_pointer(args.student, b, l);
+  if (args.kept.count > 0) {
+    const std::int64_t first = row * args.kept.count;
+    of.task.kept = {args.kept.count, args.kept.ids + first, args.kept.log_p + first,
+                    args.kept.log_rest[row]};
+  } else {
+    of.task.teacher.row = row_pointer(args.teacher, b, l);
+  }
+  if (args.grad.data != nullptr) {
+    of.grad = {row_pointer(args.grad, b, l),
+               args.grad.dtype,
+               objective.distill_weight / objective.temperature,
+               objective.hard_weight,
+               weight_of(args, row) / denominator,
+               args.unscale + row};
+  }
+  return of;
+}
+
+// `denominator` is what the gradient is divided by, besides the row's weight.
+void distill_row(const DistillArgs& args, const Task& any, double denominator, std::int64_t row) {
+  const Objective& objective = args.objective;
   const std::int64_t rows = args.batch * args.length;
   float* loss = args.rows + row;
   float* distill = loss + rows;
   float* hard = distill + rows;
   *loss = *distill = *hard = 0;
 
-  GradientTask grad{};
+  const auto [task, grad] = make_row(args, any, denominator, row);
   const bool want_grad = args.grad.data != nullptr;
-  if (want_grad) {
-    grad.row = row_pointer(args.grad, b, l);
-    grad.dtype = args.grad.dtype;
-  }
-  const bool labelled = args.labels != nullptr;
-  const bool counts = !labelled || args.labels[row] != objective.ignore_index;
-  const double weight = args.weights == nullptr ? 1 : args.weights[row];
-  if (labelled) task.label = args.labels[row];
-  task.student.row = row_pointer(args.student, b, l);
-  if (args.kept.count > 0) {
-    const std::int64_t first = row * args.kept.count;
-    task.kept = {args.kept.count, args.kept.ids + first, args.kept.log_p + first,
-                 args.kept.log_rest[row]};
-  } else {
-    task.teacher.row = row_pointer(args.teacher, b, l);
-  }
+  const double weight = weight_of(args, row);
 
   // Before the gradient, which may replace the student's logits.
-  const bool computed = counts && weight != 0 && denominator != 0;
+  const bool computed = counts(args, row) && weight != 0 && denominator != 0;
   RowLoss values;
-  if (counts && objective.want_terms) {
+  if (counts(args, row) && objective.want_terms) {
     if (!computed || !task.distill) values.distill = evaluate_term(task, true);
-    if (labelled && (!computed || !task.hard)) values.hard = evaluate_term(task, false);
+    if (args.labels != nullptr && (!computed || !task.hard))
+      values.hard = evaluate_term(task, false);
   }
   if (computed) {
-    grad.distill = objective.distill_weight / objective.temperature;
-    grad.hard = objective.hard_weight;
-    grad.scale = weight / denominator;
-    grad.unscale = args.unscale + row;
     const RowLoss terms = evaluate_row(task, want_grad ? &grad : nullptr);
     double sum = 0;
     if (task.distill) sum += objective.distill_weight * (values.distill = terms.distill);
@@ -116,6 +136,77 @@ void scale_row(const ScaleArgs& args, std::int64_t row) {
   });
 }
 
+// ---- Shards ------------------------------------------------------------------------------------
+
+template <typename Fields>
+constexpr std::int64_t kCount = sizeof(Fields) / sizeof(double);
+
+// A row's numbers, one from each field (·, B · L).
+template <typename Fields>
+Fields gather(const double* from, std::int64_t rows, std::int64_t row) {
+  double values[kCount<Fields>];
+  for (std::int64_t i = 0; i < kCount<Fields>; ++i) values[i] = from[i * rows + row];
+  Fields fields;
+  std::memcpy(&fields, values, sizeof fields);
+  return fields;
+}
+
+template <typename Fields>
+void scatter(const Fields& fields, std::int64_t rows, std::int64_t row, double* to) {
+  double values[kCount<Fields>];
+  std::memcpy(values, &fields, sizeof fields);
+  for (std::int64_t i = 0; i < kCount<Fields>; ++i) to[i * rows + row] = values[i];
+}
+
+template <typename Fields>
+Fields all_of(double value) {
+  return gather<Fields>(&value, 0, 0);
+}
+
+Task make_shard_task(Phase phase, const ShardArgs& args) {
+  const bool want_terms = args.rows.objective.want_terms;
+  Task task = make_task(args.rows);
+  task.classes = args.classes;
+  if (phase == Phase::kStatistics) {
+    task.distill |= want_terms;
+    task.hard |= want_terms && args.rows.labels != nullptr;
+  } else if (phase == Phase::kTerms) {
+    task.distill = true;
+    task.hard = false;
+  }
+  return task;
+}
+
+// Fields: ShardStatistics or KeptShardStatistics, by which the functions called here are chosen.
+template <typename Fields>
+void shard_row(Phase phase, const ShardArgs& shard, const Task& any, std::int64_t row) {
+  const DistillArgs& args = shard.rows;
+  const std::int64_t rows = args.batch * args.length;
+  const double denominator = args.num_items == nullptr ? 1 : *args.num_items;
+  const auto [task, grad] = make_row(args, any, denominator, row);
+  const bool weighs = counts(args, row) && weight_of(args, row) != 0;
+  const bool read = weighs || (counts(args, row) && args.objective.want_terms);
+  if (phase == Phase::kStatistics) {
+    auto found = all_of<Fields>(0);
+    if (read && task.label == kOutOfRange) {
+      found = all_of<Fields>(kNaN);
+    } else if (read) {
+      find(task, found);
+    }
+    scatter(found, rows, row, shard.out);
+    return;
+  }
+  const auto merged = gather<Fields>(shard.merged, rows, row);
+  if (phase == Phase::kTerms) {
+    const ShardTerms terms = read ? shard_terms(task, merged, shard.leads) : ShardTerms{};
+    scatter(terms, rows, row, shard.out);
+    return;
+  }
+  const bool computed = weighs && denominator != 0;
+  if (computed) shard_gradient(task, merged, shard.merged[kCount<Fields> * rows + row], grad);
+  fill(0, grad.dtype, computed ? task.columns : 0, args.width, grad.row);
+}
+
 // ---- The reduction ----------------------------------------------------------------------------
 
 // What a mean divides by; with 0 no row counts.
@@ -125,8 +216,7 @@ double mean_denominator(const DistillArgs& args) {
     denominator = *args.num_items;
   } else {
     for (std::int64_t row = 0; row < args.batch * args.length; ++row) {
-      if (args.labels != nullptr && args.labels[row] == args.objective.ignore_index) continue;
-      denominator += args.weights == nullptr ? 1 : args.weights[row];
+      if (counts(args, row)) denominator += weight_of(args, row);
     }
   }
   return denominator;
@@ -153,6 +243,23 @@ void distill_rows(const DistillArgs& args, int threads) {
   double sum = 0;
   for (std::int64_t row = 0; row < rows; ++row) sum += args.rows[row];
   *args.loss = denominator == 0 ? 0 : static_cast<float>(sum / denominator);
+}
+
+void shard_rows(Phase phase, const ShardArgs& args, int threads) {
+  const Task task = make_shard_task(phase, args);
+  const std::int64_t rows = args.rows.batch * args.rows.length;
+  if (phase == Phase::kGradient) {
+    const bool per_row = args.rows.student.dtype == DType::kFloat16;
+    const bool none = args.rows.num_items != nullptr && *args.rows.num_items == 0;
+    std::fill_n(args.rows.unscale, per_row ? rows : 1, none ? 0.0f : 1.0f);
+  }
+  for_each_row(rows, args.rows.width, threads, [&](std::int64_t row) {
+    if (args.rows.kept.count > 0) {
+      shard_row<KeptShardStatistics>(phase, args, task, row);
+    } else {
+      shard_row<ShardStatistics>(phase, args, task, row);
+    }
+  });
 }
 
 void scale_rows(const ScaleArgs& args, int threads) {

@@ -22,8 +22,9 @@ struct KeptRow {
 struct Task {
   Side student, teacher;
   KeptRow kept;
-  std::int64_t columns;  // V
-  std::int64_t label;    // the hard term's
+  std::int64_t columns;  // V, or what a shard has of them
+  std::int64_t classes;  // V, that labels are smoothed over
+  std::int64_t label;    // a column, or negative: there is none here
   bool distill, hard;    // the terms to compute; neither side is read for a term that is not
   Divergence divergence;
   Mixture mixture;
@@ -42,6 +43,8 @@ struct GradientTask {
   double distill, hard;  // weights of the two parts
   double scale;          // of their sum
   float* unscale;        // where a float16 row leaves 1 / its prescale
+
+  double weight() const { return std::fabs(scale) * std::max(std::fabs(distill), std::fabs(hard)); }
 };
 
 struct RowLoss {
@@ -51,9 +54,11 @@ struct RowLoss {
 // Divided by the number of tokens and spread over the vocabulary, most of a float16 gradient would
 // be below the smallest float16 before the loss scale of mixed-precision training arrives in the
 // backward pass. So a row is kept at a power of 2, which is exact: the largest that leaves its
-// largest entry, `peak`, what float16 holds.
-double float16_prescale(double peak) {
+// largest entry, `peak`, what float16 holds. `weight` is the larger of the two terms': of a shard
+// far below the row's maximum the peak is so small that the weight would not be a float.
+double float16_prescale(double peak, double weight) {
   if (!(peak > 0) || !std::isfinite(peak)) return 1;
+  peak = std::max(peak, weight * 0x1p-90);
   constexpr double kRoom = 65408;  // 65504, less what the peak may be off
   // Within what a float holds of it and of its reciprocal.
   return std::ldexp(1, std::clamp(std::ilogb(kRoom / peak), -120, 120));

@@ -54,6 +54,17 @@ inline void py_distill_rows_cuda(const PySizes& sizes, const PyRows& student,
       cuda_call(call)));
 }
 
+inline void py_shard_rows_cuda(int phase, const PySizes& sizes, const PyRows& student,
+                               const std::optional<PyRows>& teacher,
+                               const std::optional<PyKept>& kept, const std::optional<PyRows>& grad,
+                               const PyShardInputs& inputs, const PyShardOutputs& outputs,
+                               bool want_terms, bool leads, std::int64_t classes,
+                               const PyOptions& options, const PyCudaCall& call) {
+  check_cuda(shard_rows_cuda(shard_args(sizes, student, teacher, kept, grad, inputs, outputs,
+                                        want_terms, leads, classes, options),
+                             static_cast<Phase>(phase), cuda_call(call)));
+}
+
 inline void py_scale_rows_cuda(const PySizes& sizes, const PyRows& grad, std::uintptr_t upstream,
                                bool per_row, const PyPointers& inputs, std::int64_t ignore_index,
                                std::int64_t vocab_size, const PyCudaCall& call) {
@@ -74,6 +85,8 @@ inline void bind_cuda(pybind11::module_& m) {
   m.attr("CUDA_SCRATCH_BYTES") = cuda_scratch_bytes();
   m.def("distill_rows_cuda", &py_distill_rows_cuda,
         "Row losses and gradient (csrc/cuda/cuda.h), put on the call's stream.");
+  m.def("shard_rows_cuda", &py_shard_rows_cuda,
+        "A phase of the rows of a shard (csrc/cuda/cuda.h), put on the call's stream.");
   m.def("scale_rows_cuda", &py_scale_rows_cuda,
         "Multiplies the rows of a gradient in place (csrc/cuda/cuda.h), put on the call's stream.");
 }

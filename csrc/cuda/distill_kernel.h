@@ -148,24 +148,12 @@ KDK_DEVICE void store_row(const Side& memory, const Side& shared, int columns) {
   }
 }
 
-// ---- The kernel -------------------------------------------------------------------------------
+// ---- The rows in turn -------------------------------------------------------------------------
 
-KDK_DEVICE void write_losses(const RowTask& task, std::int64_t row, const Wanted& wanted,
-                             RowLoss terms) {
-  if (task.main) {
-    float loss = 0;
-    if (task.distill) loss += task.distill_weight * terms.distill;
-    if (task.hard) loss += task.hard_weight * terms.hard;
-    task.row_losses[row] = wanted.bad_label ? kNaN : wanted.main ? wanted.weight * loss : 0.0f;
-  }
-  if (task.distill || !task.others) {
-    task.row_losses[task.rows + row] = terms.distill * task.distill_scale;
-  }
-  if (task.hard || !task.others) task.row_losses[2 * task.rows + row] = terms.hard;
-}
-
-template <typename K>
-KDK_DEVICE void distill_rows(const RowTask& task) {
+// compute(row, wanted, mean, team, loaded) for each of the team's rows, whose gradient it leaves in
+// row.grad; it calls `loaded()` once, see evaluate(). Rows that it is not to read get theirs here.
+template <typename K, typename Task, typename Compute>
+KDK_DEVICE void for_each_row(const Task& task, const Compute& compute) {
   Team team = join_team(task.plan.team_blocks, task.plan.clusters ? nullptr : task.scratch);
   Exchange& exchange = *team.exchange;
   const Slice slice = slice_of(task, team);
@@ -187,7 +175,8 @@ KDK_DEVICE void distill_rows(const RowTask& task) {
   float s_label = 0, t_label = 0;
   const auto load_labels = [&](std::int64_t index, const Wanted& wanted) {
     if (!K::kHard || !wanted.read) return;
-    if (!K::kDistill && wanted.label < 0) return;  // a sparse teacher's row without a label
+    // A sparse teacher's row without a label, or one whose label is in another shard.
+    if ((!K::kDistill || Task::kShard) && wanted.label < 0) return;
     const Slice from{wanted.label, 1};
     s_label = load_one(from.of(task, task.student, index), 0);
     if constexpr (K::kDistill) t_label = load_one(from.of(task, task.teacher, index), 0);
@@ -244,25 +233,7 @@ KDK_DEVICE void distill_rows(const RowTask& task) {
       fetched = true;
     };
 
-    if (leads(team) && task.main && task.student.dtype == DType::kFloat16) {
-      task.unscale[index] = mean.empty ? 0.0f : 1.0f;
-    }
-    RowLoss terms{0, 0};
-    if (wanted.read) {
-      const Pass pass{want_grad && wanted.main, multiply({wanted.weight, 0}, mean.inverse)};
-      if constexpr (K::kDivergence == Divergence::kKept) {
-        terms = evaluate_kept<K>(task, row, pass, team, loaded);
-      } else {
-        terms = evaluate<K>(task, row, pass, team, loaded);
-      }
-    } else {
-      loaded();
-    }
-    if (wanted.bad_label) {
-      terms = {kNaN, kNaN};
-      if (leads(team)) *task.bad_label = index + 1;
-    }
-    if (leads(team)) write_losses(task, index, wanted, terms);
+    compute(row, wanted, mean, team, loaded);
     if (want_grad) {
       // Stored zeros, not products with 0: whatever the logits held, they change nothing.
       if (!wanted.main || wanted.bad_label) fill_row<K>(row, wanted.bad_label ? kNaN : 0.0f);
@@ -286,6 +257,49 @@ KDK_DEVICE void distill_rows(const RowTask& task) {
   }
   if (staged && thread_rank() == 0) bulk_wait_read();
   if (task.plan.clusters) sync_cluster();  // others may still read this block's shared memory
+}
+
+// ---- The kernel -------------------------------------------------------------------------------
+
+KDK_DEVICE void write_losses(const RowTask& task, std::int64_t row, const Wanted& wanted,
+                             RowLoss terms) {
+  if (task.main) {
+    float loss = 0;
+    if (task.distill) loss += task.distill_weight * terms.distill;
+    if (task.hard) loss += task.hard_weight * terms.hard;
+    task.row_losses[row] = wanted.bad_label ? kNaN : wanted.main ? wanted.weight * loss : 0.0f;
+  }
+  if (task.distill || !task.others) {
+    task.row_losses[task.rows + row] = terms.distill * task.distill_scale;
+  }
+  if (task.hard || !task.others) task.row_losses[2 * task.rows + row] = terms.hard;
+}
+
+template <typename K>
+KDK_DEVICE void distill_rows(const RowTask& task) {
+  const bool want_grad = task.grad.data != nullptr;
+  for_each_row<K>(task, [&](const Row& row, const Wanted& wanted, const Mean& mean, Team& team,
+                            const auto& loaded) {
+    if (leads(team) && task.main && task.student.dtype == DType::kFloat16) {
+      task.unscale[row.index] = mean.empty ? 0.0f : 1.0f;
+    }
+    RowLoss terms{0, 0};
+    if (wanted.read) {
+      const Pass pass{want_grad && wanted.main, multiply({wanted.weight, 0}, mean.inverse)};
+      if constexpr (K::kDivergence == Divergence::kKept) {
+        terms = evaluate_kept<K>(task, row, pass, team, loaded);
+      } else {
+        terms = evaluate<K>(task, row, pass, team, loaded);
+      }
+    } else {
+      loaded();
+    }
+    if (wanted.bad_label) {
+      terms = {kNaN, kNaN};
+      if (leads(team)) *task.bad_label = row.index + 1;
+    }
+    if (leads(team)) write_losses(task, row.index, wanted, terms);
+  });
 }
 
 }  // namespace gpu

@@ -229,19 +229,27 @@ KDK_DEVICE double exact_z(const RowTask& task, const Row& row, float max) {
   return z;
 }
 
+// What the singles add to the sums.
+struct SingleSums {
+  double highest;    // of all classes
+  double z, z_hard;  // KeptSums::kept_z, kept_z_hard
+  bool apart;        // the label is not kept, in any block
+  float offset;      // Σ (s − highest) of all classes, where labels are smoothed
+};
+
 template <typename K>
-KDK_DEVICE void look_at_singles(const RowTask& task, const Row& row, const Singles& singles,
-                                const Others& others, KeptRow& kept, Team& team) {
-  float max = others.max;
+KDK_DEVICE SingleSums sum_singles(const RowTask& task, const Row& row, const Singles& singles,
+                                  float max, Team& team) {
   for_each_single(singles,
                   [&](int i) { max = larger(logit_of(row, row.student, singles.column(i)), max); });
-  const double highest = team_max(max, team);
+  max = team_max(max, team);
+  const double from = anchor(max);
   const double temperature = static_cast<double>(task.temperature.hi) + task.temperature.lo;
   // z_s, z_t of the singles: all that are kept at T; those that are not the label at T = 1.
   double sums[2] = {0, 0};
   for_each_single(singles, [&](int i) {
     if (i == singles.end) return;
-    const double s = logit_of(row, row.student, singles.column(i)) - highest;
+    const double s = logit_of(row, row.student, singles.column(i)) - from;
     sums[0] += exp(s / temperature);
     if (task.hard && singles.column(i) != singles.label) sums[1] += exp(s);
   });
@@ -251,28 +259,32 @@ KDK_DEVICE void look_at_singles(const RowTask& task, const Row& row, const Singl
   float offset = 0;
   if (task.hard && task.label_smoothing != 0) {
     Sums dense{};
-    dense.max_s = static_cast<float>(highest);
+    dense.max_s = static_cast<float>(from);
     offset = sum_of_offsets<K>(row, dense, team);
   }
+  return {max, sums[0], sums[1], apart[0] != 0.0f, offset};
+}
+
+template <typename K>
+KDK_DEVICE void look_at_singles(const RowTask& task, const Row& row, const Singles& singles,
+                                const Others& others, KeptRow& kept, Team& team) {
+  const SingleSums of = sum_singles<K>(task, row, singles, others.max, team);
+  const double temperature = static_cast<double>(task.temperature.hi) + task.temperature.lo;
   if (thread_rank() == 0) {
-    kept.highest = highest;
-    kept.sums = {others.max - highest,
-                 others.z,
-                 others.z_hard,
-                 sums[0],
-                 sums[1],
-                 task.hard,
-                 apart[0] != 0.0f,
-                 row.s_label - highest};
+    kept.highest = of.highest;
+    kept.sums = {
+        others.max - of.highest, others.z, others.z_hard, of.z, of.z_hard, task.hard, of.apart,
+        row.s_label - of.highest};
     kept.frame = kept_frame(kept.sums, temperature);
     kept.exact = false;
     kept.hard_loss = 0;
     if (task.hard) {
       kept.hard = kept_hard(kept.sums);
-      kept.hard_loss = cross_entropy(task, kept, offset);
+      kept.hard_loss = cross_entropy(task, kept, of.offset);
       kept.of_hard = share_of(kept.hard.all, kept.sums.others);
     }
   }
+  double sums[2];
   // Twice where D is so small that z has to be exact.
   KDK_ROLLED
   for (bool again = true; again;) {
@@ -410,7 +422,7 @@ KDK_DEVICE void write_kept_gradient(const RowTask& task, const Row& row, const S
     float peak = write_others<K>(task, row, others, kept, task.grad_distill, task.grad_hard, false);
     for_each_part(task, row, singles, kept, row.student, task.grad_distill, task.grad_hard,
                   [&](int, float part) { peak = larger(absolute(part), peak); });
-    const float prescale = float16_prescale(absolute(scale.hi) * team_max(peak, team));
+    const float prescale = float16_prescale(task, scale.hi, team_max(peak, team));
     if (leads(team)) task.unscale[row.index] = 1 / prescale;
     scale = {scale.hi * prescale, scale.lo * prescale};
   }

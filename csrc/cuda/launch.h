@@ -1,10 +1,10 @@
 // From a task to a running kernel. The kernels of one divergence each are compiled by themselves,
-// from distill.cu.
+// from distill.cu and shard.cu.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "cuda/task.h"
+#include "cuda/shard_task.h"
 
 namespace kdk {
 namespace gpu {
@@ -20,6 +20,8 @@ cudaError_t launch(const void* kernel, const Plan& plan, cudaStream_t stream, vo
 // The kernel that computes the task.
 template <Divergence kDivergence>
 const void* kernel_of(const RowTask& task);
+template <Divergence kDivergence>
+const void* kernel_of(const ShardTask& task);
 
 }  // namespace gpu
 }  // namespace kdk

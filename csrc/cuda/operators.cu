@@ -46,17 +46,21 @@ class DeviceGuard {
   cudaError_t status_;
 };
 
-const void* kernel_for(const RowTask& task) {
+template <typename Task>
+const void* kernel_for(const Task& task) {
   return with_divergence(task, [&](auto divergence) { return kernel_of<divergence()>(task); });
 }
 
 // The plan decides which kernel computes the task, and the kernel how many teams of the plan fit.
-cudaError_t plan_for(const DistillArgs& args, int device, RowTask* task) {
+// Rows of which little is read stay in memory.
+template <typename Task>
+cudaError_t plan_for(const DistillArgs& args, int device, bool sweeps, Task* task) {
   Limits limits;
   cudaError_t status = limits_of(kernel_for(*task), device, &limits);
   if (status != cudaSuccess) return status;
+  if (!sweeps) limits.cluster_blocks = 0;
   task->plan = make_plan(args, limits, [&](const Plan& plan) {
-    RowTask planned = *task;
+    Task planned = *task;
     planned.plan = plan;
     const void* kernel = kernel_for(planned);
     Limits own;
@@ -81,23 +85,32 @@ cudaError_t enqueue(const DistillArgs& args, const CudaCall& call) {
   const auto stream = static_cast<cudaStream_t>(call.stream);
   auto* scratch = static_cast<Scratch*>(call.scratch);
   const std::int64_t rows = args.batch * args.length;
-  const MeanTask mean{rows,
-                      args.labels,
-                      args.weights,
-                      args.num_items,
-                      args.objective.ignore_index,
-                      args.objective.mean,
-                      scratch};
+  const MeanTask mean = make_mean_task(args, args.objective.mean, scratch);
   for_each_launch(make_row_task(args, scratch, call.bad_label), [&](RowTask task) {
     if (status == cudaSuccess) status = launch_one_block(prepare_kernel, mean, stream);
     if (rows == 0) return;
-    if (status == cudaSuccess) status = plan_for(args, call.device, &task);
+    if (status == cudaSuccess) status = plan_for(args, call.device, true, &task);
     void* arguments[] = {&task};
     if (status == cudaSuccess) status = launch(kernel_for(task), task.plan, stream, arguments);
   });
   const bool per_row = args.student.dtype == DType::kFloat16;
   const FinishTask last{rows, args.rows, scratch, args.loss, per_row ? nullptr : args.unscale};
   if (status == cudaSuccess) status = launch_one_block(finish_kernel, last, stream);
+  return status;
+}
+
+cudaError_t enqueue(const ShardArgs& args, Phase phase, const CudaCall& call) {
+  const DistillArgs& rows = args.rows;
+  const DeviceGuard guard(call.device);
+  cudaError_t status = rows.width < kMaxColumns ? guard.status() : cudaErrorInvalidValue;
+  const auto stream = static_cast<cudaStream_t>(call.stream);
+  auto* scratch = static_cast<Scratch*>(call.scratch);
+  const MeanTask mean = make_mean_task(rows, rows.num_items != nullptr, scratch);
+  ShardTask task = make_shard_task(args, phase, scratch, call.bad_label);
+  if (status == cudaSuccess) status = launch_one_block(prepare_kernel, mean, stream);
+  if (status == cudaSuccess) status = plan_for(rows, call.device, sweeps(task), &task);
+  void* arguments[] = {&task};
+  if (status == cudaSuccess) status = launch(kernel_for(task), task.plan, stream, arguments);
   return status;
 }
 
@@ -126,6 +139,10 @@ std::size_t cuda_scratch_bytes() { return sizeof(gpu::Scratch); }
 
 const char* distill_rows_cuda(const DistillArgs& args, const CudaCall& call) {
   return words(gpu::enqueue(args, call));
+}
+
+const char* shard_rows_cuda(const ShardArgs& args, Phase phase, const CudaCall& call) {
+  return words(gpu::enqueue(args, phase, call));
 }
 
 const char* scale_rows_cuda(const ScaleArgs& args, const CudaCall& call) {

@@ -19,6 +19,12 @@ struct MeanTask {
   Scratch* scratch;
 };
 
+// `mean`: of the rows' losses, or else 1 is what the gradient is divided by.
+inline MeanTask make_mean_task(const DistillArgs& args, bool mean, Scratch* scratch) {
+  return {args.batch * args.length,    args.labels, args.weights, args.num_items,
+          args.objective.ignore_index, mean,        scratch};
+}
+
 // One block.
 KDK_DEVICE void prepare(const MeanTask& task) {
   Team team = join_team(1, task.scratch);

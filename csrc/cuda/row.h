@@ -76,7 +76,8 @@ KDK_DEVICE float normaliser_difference(const RowTask& task, const Row& row, cons
 // D and Σ q φ, for the divergences whose gradient needs the latter.
 struct Slope {
   float value;
-  TwoFloats mean;  // Σ q φ / Σ q, of q and φ as they were rounded
+  TwoFloats mean;         // Σ q φ / Σ q, of q and φ as they were rounded
+  TwoFloats mass, total;  // Σ q, Σ q φ, of mean_slope()
 };
 
 template <typename K>
@@ -96,7 +97,10 @@ KDK_DEVICE Slope mean_slope(const RowTask& task, const Row& row, const RowFrame&
   });
   float fields[5] = {mass.hi, mass.lo, slope.hi, slope.lo, value};
   team_sum_pairs<2>(fields, team);
-  return {fields[4], divide({fields[2], fields[3]}, {fields[0], fields[1]})};
+  return {fields[4],
+          divide({fields[2], fields[3]}, {fields[0], fields[1]}),
+          {fields[0], fields[1]},
+          {fields[2], fields[3]}};
 }
 
 // See far.h.
@@ -142,7 +146,7 @@ KDK_DEVICE Slope far_mean_slope(const RowTask& task, const Row& row, const Sums&
   float fields[6] = {mass.hi, mass.lo, total.hi, total.lo, from_p, from_q};
   team_sum_pairs<2>(fields, team);
   const TwoFloats mean = divide({fields[2], fields[3]}, {fields[0], fields[1]});
-  Slope slope{kl, {mean.hi - far_offset<K::kDivergence>(task.w_q), 0}};
+  Slope slope{kl, {mean.hi - far_offset<K::kDivergence>(task.w_q), 0}, {}, {}};
   if constexpr (!kSwapped<K>) {
     slope.value = far_value<K::kDivergence>(fields[4], fields[5], sums.z_s, sums.z_t, log_ratio,
                                             task.w_p, task.w_q);
@@ -220,8 +224,13 @@ KDK_DEVICE Swept gradient_sweep(const RowTask& task, const Row& row, const RowFr
 // Divided by the number of tokens and spread over the vocabulary, most of a float16 gradient would
 // be below the smallest float16 before the loss scale of mixed-precision training arrives in the
 // backward pass. So a row is kept at a power of 2, which is exact: the largest that leaves its
-// largest entry, `peak`, what float16 holds.
-KDK_DEVICE float float16_prescale(float peak) {
+// largest entry, `peak` times the scale, what float16 holds. Of a shard far below the row's maximum
+// the peak is so small that the weight of a term would not be a float.
+KDK_DEVICE float float16_prescale(const RowTask& task, float scale, float peak) {
+  const float least =
+      larger(absolute(task.grad_distill.hi), absolute(task.grad_hard.hi)) * 0x1p-90f;
+  if (!(peak > 0) || !(peak < kInfinity)) return 1;
+  peak = absolute(scale) * larger(peak, least);
   if (!(peak > 0) || !(peak < kInfinity)) return 1;
   const int exponent = static_cast<int>(to_bits(65408.0f / peak) >> 23) - 127;
   const int held = exponent > 120 ? 120 : exponent < -120 ? -120 : exponent;
@@ -279,8 +288,7 @@ KDK_DEVICE float write_gradient(const RowTask& task, const Row& row, const Sums&
     }
     swept = gradient_sweep<K, kCare>(task, row, frame, gradient, label, pass.gradient && !measures);
     if (measures) {
-      const float peak = absolute(scale.hi) * team_max(swept.peak, team);
-      const float prescale = float16_prescale(peak);
+      const float prescale = float16_prescale(task, scale.hi, team_max(swept.peak, team));
       if (leads(team)) task.unscale[row.index] = 1 / prescale;
       scale = {scale.hi * prescale, scale.lo * prescale};
     }

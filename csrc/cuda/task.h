@@ -12,8 +12,9 @@ namespace kdk {
 namespace gpu {
 
 struct RowTask {
-  std::int64_t rows, length, width;  // B · L, L, V_s
-  int columns;                       // V
+  static constexpr bool kShard = false;  // the columns are all there are: see shard_task.h
+  std::int64_t rows, length, width;      // B · L, L, V_s
+  int columns;                           // V
   Rows student, teacher, grad;
   const std::int64_t* labels;
   const float* weights;

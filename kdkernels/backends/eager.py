@@ -146,18 +146,25 @@ def log_probabilities(teacher, counts, objective, dtype):
         if counts is not None:
             t = torch.where(counts[..., None], t, 0.0)
         return log_softmax(t, objective.temperature)
+    members = (log_probabilities(x, counts, objective, dtype) for x in teacher.teachers)
+    total = mean_of(teacher, members)
+    return log_softmax(total, 1.0) if teacher.mean == "geometric" else total
+
+
+def mean_of(ensemble, members):
+    """Of the members' log p (B, L, V), which are overwritten, that of their mean; of the geometric
+    one less the log of its normaliser."""
     total = None  # one member beside it at a time
-    for member, share in zip(teacher.teachers, teacher.shares(), strict=True):
+    for log_p, share in zip(members, ensemble.shares(), strict=True):
         if not share:
             continue
-        log_p = log_probabilities(member, counts, objective, dtype)
-        if teacher.mean == "geometric":
+        if ensemble.mean == "geometric":
             log_p *= share
             total = log_p if total is None else total.add_(log_p)
         else:
             log_p += math.log(share)
             total = log_p if total is None else torch.logaddexp(total, log_p, out=total)
-    return log_softmax(total, 1.0) if teacher.mean == "geometric" else total
+    return total
 
 
 def over_kept_classes(kept, log_q):

@@ -66,11 +66,11 @@ def _pointer(x):
     return 0 if x is None else x.data_ptr()
 
 
-def operators(distill, scale):
-    """The row operators of `ops.SCHEMAS` over two compiled functions that take addresses.
+def operators(distill, scale, shard):
+    """The row operators of `ops.SCHEMAS` over three compiled functions that take addresses.
 
-    `distill` and `scale` take the device and what csrc/bind_args.h turns into C++; `distill`
-    returns the first row whose label is out of range, or -1.
+    They take the device and what csrc/bind_args.h turns into C++; `distill` returns the first row
+    whose label is out of range, or -1.
     """
 
     def compute(student, teacher, labels, weights, num_items, grad, want_terms, options):
@@ -103,7 +103,52 @@ def operators(distill, scale):
             vocab_size,
         )
 
-    return ops.operators(compute, scale_rows_)
+    return ops.operators(compute, scale_rows_, _shard_operators(shard))
+
+
+PHASES = {"statistics": 0, "terms": 1, "gradient": 2}  # csrc/common/args.h: Phase
+
+
+def _shard_operators(shard):
+    def run(phase, student, teacher, grad, inputs, outputs, flags, options):
+        shard(
+            student.device,
+            PHASES[phase],
+            ops.sizes(student),
+            _rows(student),
+            *_teacher(teacher),
+            None if grad is None else _rows(grad),
+            tuple(map(_pointer, inputs)),
+            tuple(map(_pointer, outputs)),
+            *flags,
+            options,
+        )
+
+    def shard_statistics(student, teacher, labels, weights, want_terms, *options):
+        out = ops.new_statistics(student, ops.shard_fields(teacher))
+        inputs, flags = (labels, weights, None, None), (want_terms, False, 0)
+        run("statistics", student, teacher, None, inputs, (out, None), flags, options)
+        return out
+
+    def shard_terms(student, teacher, labels, weights, merged, want_terms, leads, *options):
+        out = ops.new_statistics(student, ops.TERM_FIELDS)
+        inputs, flags = (labels, weights, None, merged), (want_terms, leads, 0)
+        run("terms", student, teacher, None, inputs, (out, None), flags, options)
+        return out
+
+    def shard_gradient_(
+        student, teacher, labels, weights, num_items, merged, grad, classes, *options
+    ):
+        unscale = ops.new_unscale(student)
+        inputs, flags = (labels, weights, num_items, merged), (False, False, classes)
+        run("gradient", student, teacher, grad, inputs, (None, unscale), flags, options)
+        return unscale
+
+    return dict(
+        shard_statistics=shard_statistics,
+        shard_terms=shard_terms,
+        shard_gradient_=shard_gradient_,
+    )
 
 
 def _distill_on_cpu(device, *args):
@@ -112,6 +157,10 @@ def _distill_on_cpu(device, *args):
 
 def _scale_on_cpu(device, *args):
     _C.scale_rows_cpu(*args, torch.get_num_threads())
+
+
+def _shard_on_cpu(device, *args):
+    _C.shard_rows_cpu(*args, torch.get_num_threads())
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------
@@ -135,8 +184,14 @@ def _scale_on_cuda(device, *args):
     _C.scale_rows_cuda(*args, _call(device, 0))
 
 
+def _shard_on_cuda(device, *args):
+    bad_labels.raise_earlier(device)
+    scratch = torch.empty(_C.CUDA_SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    _C.shard_rows_cuda(*args, _call(device, scratch.data_ptr()))
+
+
 if _C is not None:
-    KERNELS = {"CPU": operators(_distill_on_cpu, _scale_on_cpu)}
+    KERNELS = {"CPU": operators(_distill_on_cpu, _scale_on_cpu, _shard_on_cpu)}
     if hasattr(_C, "distill_rows_cuda"):
-        KERNELS["CUDA"] = operators(_distill_on_cuda, _scale_on_cuda)
+        KERNELS["CUDA"] = operators(_distill_on_cuda, _scale_on_cuda, _shard_on_cuda)
     ops.register("native", KERNELS)

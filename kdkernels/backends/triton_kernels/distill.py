@@ -39,10 +39,14 @@ from .team import FIELDS, Team, team_max, team_sum
 
 
 @triton.jit
-def float16_prescale(peak):
-    """The power of 2 at which a float16 row is kept: the largest that leaves its largest entry what
-    float16 holds. Divided by the number of tokens and spread over the vocabulary, most of it would
-    be below the smallest float16 before a loss scale arrives in the backward pass."""
+def float16_prescale(task, scale, peak):
+    """The power of 2 at which a float16 row is kept: the largest that leaves its largest entry,
+    peak times the scale, what float16 holds. Divided by the number of tokens and spread over the
+    vocabulary, most of it would be below the smallest float16 before a loss scale arrives in the
+    backward pass. Of a shard far below the row's maximum the peak is so small that the weight of a
+    term would not be a float."""
+    least = tl.maximum(tl.abs(task.grad_distill), tl.abs(task.grad_hard)) * 8.077935669463161e-28
+    peak = tl.where(peak > 0.0, tl.abs(scale) * tl.maximum(peak, least), peak)
     exponent = ((65408.0 / peak).to(tl.int32, bitcast=True) >> 23) - 127
     exponent = tl.minimum(tl.maximum(exponent, -120), 120)
     power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
@@ -57,7 +61,7 @@ def write_gradient(task, row, sums, frame, slope, far, fill, scale, team, NEAR: 
         shares = shares_of(task, row, sums, TwoFloats(prescale, prescale - 1.0), kind)
         swept = sweep(task, row, sums, frame, slope, shares, far, fill, NEAR, False, kind)
         peak, team = team_max(swept.peak, team, kind)
-        prescale = tl.where(fill == 1.0, float16_prescale(tl.abs(scale.hi) * peak), 1.0)
+        prescale = tl.where(fill == 1.0, float16_prescale(task, scale.hi, peak), 1.0)
         scale = TwoFloats(scale.hi * prescale, scale.lo * prescale)
     shares = shares_of(task, row, sums, scale, kind)
     swept = sweep(task, row, sums, frame, slope, shares, far, fill, NEAR, True, kind)
@@ -65,8 +69,9 @@ def write_gradient(task, row, sums, frame, slope, far, fill, scale, team, NEAR: 
 
 
 @triton.jit
-def distill_term(task, row, sums, ok, fill, scale, team, kind):
-    """D, and with it the gradient of both terms -> D, the scale of float16 rows."""
+def compared(task, row, sums, ok, team, kind):
+    """log(z_s / z_t), the forward KL as it suits rows that are far apart, and from where on they
+    are."""
     log = log_ratio(sums.z_s, sums.z_t)
     # The forward KL; for the reverse one that itself. Infinite or NaN where a side rules a class
     # out that the other one does not.
@@ -75,7 +80,6 @@ def distill_term(task, row, sums, ok, fill, scale, team, kind):
     else:
         kl = (log.hi - sums.gap / (task.temperature * sums.z_t)) + log.lo
     far_from = (1.0 + tl.abs(log.hi)) * task.far_from
-    far = ok & (kl >= far_from) & (kl < INFINITY)
     close = ok & (kl < NEAR_KL)
     if some(close, kind.ROWS):
         difference, team = normaliser_difference(task, row, sums, team, kind)
@@ -83,6 +87,14 @@ def distill_term(task, row, sums, ok, fill, scale, team, kind):
             tl.where(close, log1p_of(difference / sums.z_t), log.hi),
             tl.where(close, 0.0, log.lo),
         )
+    return log, kl, far_from, team
+
+
+@triton.jit
+def distill_term(task, row, sums, ok, fill, scale, team, kind):
+    """D, and with it the gradient of both terms -> D, the scale of float16 rows."""
+    log, kl, far_from, team = compared(task, row, sums, ok, team, kind)
+    far = ok & (kl >= far_from) & (kl < INFINITY)
     frame = make_frame(task, sums, log)
     value = kl
     none = scale.hi * 0.0
@@ -143,14 +155,28 @@ def fill_columns(row, fill, begin, end, step, kind):
 
 
 @triton.jit
+def index_from(first, ROWS: tl.constexpr):
+    """The R rows from the first one on."""
+    if ROWS == 1:
+        return tl.cast(first, tl.int64)
+    else:
+        return first + tl.arange(0, ROWS).to(tl.int64)[:, None, None]
+
+
+@triton.jit
+def weight_of(weights, index, inside):
+    weight = (index * 0 + 1).to(tl.float32)
+    if weights is not None:
+        weight = tl.load(weights + index, mask=inside, other=0.0)
+    return weight
+
+
+@triton.jit
 def rows_at(
     task, sizes, strides, student, teacher, grad, labels, weights, first, begin, end, empty, kind
 ):
     """`Row`, with what is wanted of it: everything, one term, or nothing at all."""
-    if kind.ROWS == 1:
-        index = tl.cast(first, tl.int64)
-    else:
-        index = first + tl.arange(0, kind.ROWS).to(tl.int64)[:, None, None]
+    index = index_from(first, kind.ROWS)
     inside = index < sizes.rows
     label = index * 0 - 1
     counts = inside
@@ -160,12 +186,17 @@ def rows_at(
         counts = inside & (label != sizes.ignore_index)
         bad = counts & ((label < 0) | (label >= sizes.columns))
         label = tl.where(bad, -1, label)
-    weight = (index * 0 + 1).to(tl.float32)
-    if weights is not None:
-        weight = tl.load(weights + index, mask=inside, other=0.0)
+    weight = weight_of(weights, index, inside)
     main = tl.where((task.main != 0.0) & ~empty, counts & (weight != 0.0), False)
     read = ~bad & tl.where(task.want_terms != 0.0, counts, main)
+    of = index, inside, bad, main, read, weight
+    return row_at(task, sizes, strides, student, teacher, grad, of, label, read, begin, end, kind)
 
+
+@triton.jit
+def row_at(task, sizes, strides, student, teacher, grad, of, label, here, begin, end, kind):
+    """`Row` of its first six fields; here: its label is a column to be read."""
+    index, inside, bad, main, read, weight = of
     # Rows that are not there are neither read nor written.
     place = tl.minimum(index, sizes.rows - 1)
     from_student = starts_of(student, strides.student_b, strides.student_l, place, sizes.length)
@@ -176,12 +207,12 @@ def rows_at(
     s_label = weight * 0.0 - INFINITY
     t_label = s_label
     if kind.HARD:
-        s_label = tl.load(from_student + label, mask=read, other=-INFINITY).to(tl.float32)
+        s_label = tl.load(from_student + label, mask=here, other=-INFINITY).to(tl.float32)
         if kind.DISTILL:
-            t_label = tl.load(from_teacher + label, mask=read, other=-INFINITY).to(tl.float32)
+            t_label = tl.load(from_teacher + label, mask=here, other=-INFINITY).to(tl.float32)
         if kind.PROJECTED:
-            s_label = tl.where(read, capped(s_label, task.student_cap), -INFINITY)
-            t_label = tl.where(read, capped(t_label, task.teacher_cap), -INFINITY)
+            s_label = tl.where(here, capped(s_label, task.student_cap), -INFINITY)
+            t_label = tl.where(here, capped(t_label, task.teacher_cap), -INFINITY)
     s = s_label
     t = t_label
     if kind.HELD:
@@ -291,7 +322,7 @@ def store_losses(
 
 @triton.jit(do_not_specialize=[*Sizes._fields, *Strides._fields])
 def distill_rows(
-    task,  # triton.py: Task; no integers, of which there would be a kernel for each of some values
+    task,  # triton_task.py: Task; no integers, which would compile anew for some values
     student,  # (B, L, V_s)
     teacher,  # (B, L, V_t)
     grad,  # (B, L, V_s) or None, may be the student's memory

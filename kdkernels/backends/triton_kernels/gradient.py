@@ -111,7 +111,8 @@ class Slope(NamedTuple):
 
 
 @triton.jit
-def mean_slope(task, row, frame, team, kind):
+def slope_sums(task, row, frame, team, kind):
+    """D, Σ q and Σ q φ, of q and φ as they were rounded."""
     lanes = tl.zeros((kind.ROWS, kind.CHUNKS, 1), tl.float32)
     wide = tl.zeros((kind.ROWS, kind.CHUNKS, 8), tl.float32)
     mass = TwoFloats(wide, wide)
@@ -127,6 +128,12 @@ def mean_slope(task, row, frame, team, kind):
     mass = row_sum_pairs(mass, kind.CHUNKS * 8, kind.ROWS)
     slope = row_sum_pairs(slope, kind.CHUNKS * 8, kind.ROWS)
     value, _, mass, slope, team = team_sums(value, value, mass, slope, team, kind)
+    return value, mass, slope, team
+
+
+@triton.jit
+def mean_slope(task, row, frame, team, kind):
+    value, mass, slope, team = slope_sums(task, row, frame, team, kind)
     mean = divide(slope, mass)
     return Slope(value, mean.hi, mean.lo), team
 

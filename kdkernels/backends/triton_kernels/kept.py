@@ -79,7 +79,7 @@ def known_of(task, row, ids, log_p, log_p_t, log_rest, count, sizes, KEPT: tl.co
     column = tl.where(here, column, 1 << 30).to(tl.int32)
     apart = row.read & ~row.read
     if kind.HARD:
-        apart = tl.max((column == row.label).to(tl.int32)) == 0
+        apart = (row.label >= 0) & (tl.max((column == row.label).to(tl.int32)) == 0)
     return Known(
         ids + first,
         count,
@@ -245,6 +245,24 @@ def exact_z(task, row, known, rest, team, kind):
 
 
 @triton.jit
+def kept_element(task, known, x, e, z, t_log_z):
+    """`Element` of the kept classes: x is s − highest, e is e^{x/T}, z what these sum to."""
+    gap = two_diff(x.hi, known.log_p_t.hi)
+    low = gap.lo + ((x.lo - known.log_p_t.lo) - t_log_z.lo)
+    gap = two_diff(gap.hi, t_log_z.hi)
+    p = exp_1(known.log_p)
+    return element_of(p, e / z, gap.hi, gap.lo + low, task.inv_temperature)
+
+
+@triton.jit
+def rest_element(known, log_q, low, q):
+    """`Element` of the rest, of log q in two floats and `low`."""
+    gap = two_diff(log_q.hi, known.log_rest.hi)
+    low = gap.lo + (log_q.lo + (low - known.log_rest.lo))
+    return element_of(exp_1(known.log_rest), q, gap.hi, low, 1.0)
+
+
+@triton.jit
 def distill_parts(
     task, known, rest, z_rest, highest, EXACT: tl.constexpr, KEPT: tl.constexpr, kind
 ):
@@ -265,27 +283,21 @@ def distill_parts(
         log_rest = log_ratio(z_rest.hi, one)
 
     t_log_z = multiply(log_z, TwoFloats(task.temperature, task.temperature_lo))
-    gap = two_diff(x.hi, known.log_p_t.hi)
-    low = gap.lo + ((x.lo - known.log_p_t.lo) - t_log_z.lo)
-    gap = two_diff(gap.hi, t_log_z.hi)
-    p = exp_1(known.log_p)
-    kept = element_of(p, e / z, gap.hi, gap.lo + low, task.inv_temperature)
+    kept = kept_element(task, known, x, e, z, t_log_z)
     of = contribution(kept, task.w_p, task.w_q, kind.DIVERGENCE)
 
     log_q = two_sum(down.hi * task.inv_temperature, log_rest.hi)
     low = log_q.lo + ((log_rest.lo - log_z.lo) + down.lo * task.inv_temperature)
     log_q = two_diff(tl.where(rest.z == 0.0, -INFINITY, log_q.hi), log_z.hi)
-    gap = two_diff(log_q.hi, known.log_rest.hi)
-    low = gap.lo + (log_q.lo + (low - known.log_rest.lo))
     q_rest = rest.z * exp_t(task, down) / z
-    of_rest = element_of(exp_1(known.log_rest), q_rest, gap.hi, low, 1.0)
+    of_rest = rest_element(known, log_q, low, q_rest)
     p_rest = of_rest.p
     q_rest = of_rest.q
     difference = of_rest.difference
     of_rest = contribution(of_rest, task.w_p, task.w_q, kind.DIVERGENCE)
 
     value = tl.sum(tl.where(known.here, of.term, 0.0)) + of_rest.term
-    value += (tl.sum(p) + p_rest) * 0.0  # NaN of what no comparison sees
+    value += (tl.sum(kept.p) + p_rest) * 0.0  # NaN of what no comparison sees
     if kind.DIVERGENCE == FORWARD_KL:
         part = kept.difference
         push = difference
@@ -388,6 +400,41 @@ def shares_of(task, parts, hard_known, hard_label, scale, slope, label_slope, TW
 
 
 @triton.jit
+def write_gradient(
+    task, row, known, others, parts, hard_known, hard_label, fill, scale, team, TWO, kind
+):
+    """The gradient, for float16 at each row's own scale -> that scale."""
+    slope = hard_known * 0.0 + 1.0
+    label_slope = scale.hi * 0.0 + 1.0
+    prescale = label_slope
+    if kind.PROJECTED:
+        raw = tl.load(row.student + known.column, mask=known.here, other=0.0).to(tl.float32)
+        slope = cap_slope(raw, task.student_cap)
+        there = row.read & (row.label >= 0)
+        raw = tl.load(row.student + row.label, mask=there, other=0.0).to(tl.float32)
+        label_slope = cap_slope(raw, task.student_cap)
+    if kind.HALF:
+        one = TwoFloats(prescale, prescale - 1.0)
+        shares = shares_of(task, parts, hard_known, hard_label, one, slope, label_slope, TWO, kind)
+        peak = write_others(task, row, known, others, shares, fill, False, TWO, kind)
+        peak = tl.maximum(peak, tl.max(tl.where(known.here, tl.abs(shares.known), 0.0)))
+        peak = tl.maximum(peak, tl.where(known.apart, tl.abs(shares.label), 0.0))
+        peak, team = team_max(peak, team, kind)
+        prescale = tl.where(fill == 1.0, float16_prescale(task, scale.hi, peak), 1.0)
+        scale = TwoFloats(scale.hi * prescale, scale.lo * prescale)
+    shares = shares_of(task, parts, hard_known, hard_label, scale, slope, label_slope, TWO, kind)
+    write_others(task, row, known, others, shares, fill, True, TWO, kind)
+    # Over what others have written there.
+    tl.debug_barrier()
+    mine = (known.column >= row.begin) & (known.column < row.end) & (fill == 1.0)
+    tl.store(row.grad + known.column, shares.known, mask=known.here & mine)
+    mine = known.apart & (row.label >= row.begin) & (row.label < row.end) & (fill == 1.0)
+    tl.store(row.grad + row.label, shares.label, mask=mine)
+    tl.debug_barrier()
+    return prescale, team
+
+
+@triton.jit
 def evaluate(
     task,
     sizes,
@@ -435,37 +482,10 @@ def evaluate(
         wrong = wrong | (tl.abs(distill) == INFINITY)
     fill = tl.where((fill == 1.0) & wrong, float("nan"), fill)
     if kind.GRADIENT:
-        slope = hard_known * 0.0 + 1.0
-        label_slope = zero + 1.0
-        if kind.PROJECTED:
-            raw = tl.load(row.student + known.column, mask=known.here, other=0.0).to(tl.float32)
-            slope = cap_slope(raw, task.student_cap)
-            there = row.read & (row.label >= 0)
-            raw = tl.load(row.student + row.label, mask=there, other=0.0).to(tl.float32)
-            label_slope = cap_slope(raw, task.student_cap)
         scale = multiply(TwoFloats(row.weight, zero), inverse)
-        if kind.HALF:
-            one = TwoFloats(prescale, zero)
-            shares = shares_of(
-                task, parts, hard_known, hard_label, one, slope, label_slope, TWO, kind
-            )
-            peak = write_others(task, row, known, others, shares, fill, False, TWO, kind)
-            peak = tl.maximum(peak, tl.max(tl.where(known.here, tl.abs(shares.known), 0.0)))
-            peak = tl.maximum(peak, tl.where(known.apart, tl.abs(shares.label), 0.0))
-            peak, team = team_max(peak, team, kind)
-            prescale = tl.where(fill == 1.0, float16_prescale(tl.abs(scale.hi) * peak), 1.0)
-            scale = TwoFloats(scale.hi * prescale, scale.lo * prescale)
-        shares = shares_of(
-            task, parts, hard_known, hard_label, scale, slope, label_slope, TWO, kind
+        prescale, team = write_gradient(
+            task, row, known, others, parts, hard_known, hard_label, fill, scale, team, TWO, kind
         )
-        write_others(task, row, known, others, shares, fill, True, TWO, kind)
-        # Over what others have written there.
-        tl.debug_barrier()
-        mine = (known.column >= row.begin) & (known.column < row.end) & (fill == 1.0)
-        tl.store(row.grad + known.column, shares.known, mask=known.here & mine)
-        mine = known.apart & (row.label >= row.begin) & (row.label < row.end) & (fill == 1.0)
-        tl.store(row.grad + row.label, shares.label, mask=mine)
-        tl.debug_barrier()
     distill = tl.where(row.read, distill, tl.where(row.bad, float("nan"), 0.0))
     hard = tl.where(row.read, hard, tl.where(row.bad, float("nan"), 0.0))
     return distill, hard, prescale, team
