@@ -5,30 +5,42 @@ from dataclasses import replace
 import torch
 
 from . import chunked, ops
-from .sources import Ensemble, LinearHead, tensors_of
+from .parallel import rows as shard_rows
+from .sources import LinearHead, tensors_of
 
 SECOND_DERIVATIVE = (
-    "kd_loss has no second derivative on a compiled backend; use backend='eager', "
-    "which is differentiable twice"
+    "kd_loss has no second derivative on a compiled backend, nor over a group; without one, "
+    "backend='eager' is differentiable twice"
 )
 
 
 def distill(
-    student, teacher, labels, weights, num_items, objective, want_terms, *, backend, inplace
+    student,
+    teacher,
+    labels,
+    weights,
+    num_items,
+    objective,
+    want_terms,
+    *,
+    backend,
+    inplace,
+    group=None,
 ):
     """The loss on a backend of row operators; as `eager.distill`.
 
-    With `inplace` the gradient is written over `student`.
+    With `inplace` the gradient is written over `student`. group: None, or the `Group` whose ranks
+    share the columns, of which everything here is this rank's.
     """
     head = isinstance(student, LinearHead)
-    chunks = head or in_chunks(teacher)
-    if chunks and labels is not None and labels.device.type == "cpu":
+    chunks = head or chunked.in_chunks(teacher)
+    if chunks and group is None and labels is not None and labels.device.type == "cpu":
         ops.check_labels(labels, objective.ignore_index, objective.vocab_size)  # by their own rows
-    if chunks and objective.reduction == "mean":
+    if (chunks or group is not None) and objective.reduction == "mean":
         leading = student.hidden if head else student
         inputs = labels, weights, num_items, leading, objective.ignore_index
         weights, num_items = chunked.settle_mean(*inputs)
-    call = teacher, labels, weights, num_items, want_terms, objective, backend
+    call = teacher, labels, weights, num_items, want_terms, objective, backend, group
     tensors = (student.hidden, student.weight, student.bias) if head else (student,)
     # A forward-mode derivative has to meet the Function too, and its error, instead of being lost.
     derived = torch.autograd.forward_ad._current_level >= 0
@@ -45,10 +57,6 @@ def distill(
     return loss, rows
 
 
-def in_chunks(teacher):
-    return isinstance(teacher, (LinearHead, Ensemble))
-
-
 def dense_losses(
     student,
     want_grad,
@@ -60,10 +68,14 @@ def dense_losses(
     want_terms,
     objective,
     backend,
+    group,
 ):
     """loss, unscale, rows and gradient of dense student logits: see ops.py."""
+    if group is not None:
+        inputs = student, want_grad, inplace, teacher, labels, weights, num_items, want_terms
+        return shard_rows.dense_losses(*inputs, objective, backend, group)
     inputs = student, teacher, labels, weights, num_items
-    chunks = in_chunks(teacher)
+    chunks = chunked.in_chunks(teacher)
     if not chunks and not inplace:
         operator = ops.get("distill_rows", backend)
         inputs = student, ops.as_list(teacher, student), labels, weights, num_items
@@ -91,9 +103,10 @@ class DistillFunction(torch.autograd.Function):
         want_terms,
         objective,
         backend,
+        group,
         inplace,
     ):
-        call = teacher, labels, weights, num_items, want_terms, objective, backend
+        call = teacher, labels, weights, num_items, want_terms, objective, backend, group
         loss, unscale, rows, grad = dense_losses(student, True, inplace, *call)
         # `unscale` is an output, which nobody sees, so that it ties the gradient to this node: see
         # NotTwice.
@@ -106,7 +119,7 @@ class DistillFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return (None,) * 9
+            return (None,) * 10
         grad, labels, weights, unscale = ctx.saved_tensors
         # An alias, so that a leaf's .grad can take the buffer over instead of copying it.
         grad = grad.clone() if _graph_is_kept() else grad.detach()
@@ -121,11 +134,16 @@ class DistillFunction(torch.autograd.Function):
         )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = NotTwice.apply(grad, unscale, upstream)
-        return (grad,) + (None,) * 8
+        return (grad,) + (None,) * 9
 
 
-def head_losses(head, wanted, teacher, labels, weights, num_items, want_terms, objective, backend):
+def head_losses(
+    head, wanted, teacher, labels, weights, num_items, want_terms, objective, backend, group
+):
     """loss, rows, and `HeadGradients` of Σ weights · row losses."""
+    if group is not None:
+        inputs = head, wanted, teacher, labels, weights, num_items, want_terms
+        return shard_rows.head_losses(*inputs, objective, backend, group)
     inputs = head, teacher, labels, weights, wanted, want_terms
     rows, gradients = chunked.head_rows(*inputs, objective, backend)
     if objective.reduction == "none":
@@ -146,7 +164,7 @@ class HeadFunction(torch.autograd.Function):
         head,  # the LinearHead of these
         *call,  # as in DistillFunction
     ):
-        teacher, labels, weights, num_items, _, objective, _ = call
+        teacher, labels, weights, num_items, _, objective, *_ = call
         head = replace(head, hidden=hidden, weight=weight, bias=bias)
         per_row = objective.reduction == "none"
         wanted = (False,) * 3 if per_row else ctx.needs_input_grad[:3]
@@ -156,7 +174,9 @@ class HeadFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors, labels, weights, num_items, anchor)
         ctx.head, ctx.call = replace(head, hidden=None, weight=None, bias=None), call
         ctx.like = hidden.shape, weight.shape, hidden.dtype
-        watched = tensors_of(teacher) if per_row and not torch.compiler.is_compiling() else []
+        watched = []
+        if per_row and teacher is not None and not torch.compiler.is_compiling():
+            watched = tensors_of(teacher)
         ctx.versions = [(x, x._version) for _, x in watched]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(rows)
@@ -165,9 +185,9 @@ class HeadFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return (None,) * 11
+            return (None,) * 12
         *tensors, labels, weights, num_items, anchor = ctx.saved_tensors
-        teacher, *_, objective, backend = ctx.call
+        teacher, *_, objective, backend, group = ctx.call
         if objective.reduction == "none":
             if any(x._version != version for x, version in ctx.versions):
                 raise RuntimeError(
@@ -177,8 +197,8 @@ class HeadFunction(torch.autograd.Function):
             weights = chunked.row_factors(labels, weights, upstream, objective.ignore_index)
             hidden, weight, bias, _ = tensors
             head = replace(ctx.head, hidden=hidden, weight=weight, bias=bias)
-            inputs = head, teacher, labels, weights, ctx.needs_input_grad[:3], False
-            gradients = chunked.head_rows(*inputs, objective, backend)[1]
+            inputs = head, ctx.needs_input_grad[:3], teacher, labels, weights, None, False
+            gradients = head_losses(*inputs, objective, backend, group)[2]
             factor = upstream.new_ones(())
         else:
             gradients = chunked.HeadGradients(*tensors)
@@ -188,7 +208,7 @@ class HeadFunction(torch.autograd.Function):
         grads = gradients.times(factor, counts, objective.vocab_size, ctx.like, inplace)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = [x if x is None else NotTwice.apply(x, anchor, upstream) for x in grads]
-        return (*grads, *(None,) * 8)
+        return (*grads, *(None,) * 9)
 
 
 def _graph_is_kept():

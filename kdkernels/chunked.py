@@ -33,6 +33,11 @@ BLOCK = 1024  # rows of a weight or of its gradient at a time, where they have t
 FIRST_ROWS = 64  # of a gradient that is rounded in place
 
 
+def in_chunks(teacher):
+    """Whether its logits come a chunk of rows at a time."""
+    return isinstance(teacher, (LinearHead, Ensemble))
+
+
 class Step(NamedTuple):
     """Consecutive rows, as many as there are logits of the teacher at a time."""
 
@@ -142,7 +147,7 @@ def logits_dtype(hidden):
 class Projection:
     """The products of a head, a chunk of rows at a time."""
 
-    def __init__(self, head, columns, rows):
+    def __init__(self, head, columns, rows, buffers=1):
         self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])  # (N, H)
         self.weight = head.weight[:columns]  # (V, H)
         self.bias = None if head.bias is None else head.bias[:columns]
@@ -154,7 +159,10 @@ class Projection:
             self.bias = None if self.bias is None else self.bias.to(dtype)
         self.wide = self.hidden.dtype != dtype  # the product's own: see _widens
         rows = min(rows, self.hidden.shape[0])
-        self.buffer = pages.advise_huge(self.hidden.new_empty((rows, columns), dtype=dtype))
+        self.buffers = [
+            pages.advise_huge(self.hidden.new_empty((rows, columns), dtype=dtype))
+            for _ in range(buffers)
+        ]
 
     def blocks(self):
         """(columns, rows of the weight for a product), one after the other."""
@@ -166,8 +174,9 @@ class Projection:
             yield slice(begin, begin + len(part)), self.block[: len(part)].copy_(part)
 
     def logits(self, begin, end):
-        """(n, V) of these rows, before scale and cap, in a buffer that the next ones take over."""
-        logits = self.buffer[: end - begin]
+        """(n, V) of these rows, before scale and cap, in a buffer that others take over in turn."""
+        self.buffers.append(self.buffers.pop(0))
+        logits = self.buffers[-1][: end - begin]
         hidden = self.hidden[begin:end]
         for columns, weight in self.blocks():
             out = logits[:, columns]
@@ -182,6 +191,8 @@ class Projection:
 
     def of_gradient(self, grad, out):
         """out (n, H) = grad (n, V) · weight."""
+        if not len(self.weight):
+            out.zero_()
         for columns, weight in self.blocks():
             add_product(out, grad[:, columns], weight, 1.0, first=columns.start in (None, 0))
 
@@ -340,24 +351,28 @@ def scale_into(out, x, factor):
 class Teacher:
     """What the row operators take of a teacher, a step at a time."""
 
-    def __init__(self, teacher, objective, rows):
+    def __init__(self, teacher, objective, rows, buffers=1):
         self.teacher, self.objective = teacher, objective
         self.projection = None
         if isinstance(teacher, LinearHead):
-            self.projection = Projection(teacher, objective.vocab_size, rows)
+            self.projection = Projection(teacher, objective.vocab_size, rows, buffers)
 
     def rows(self, step):
         if self.teacher is None:
             return None
         if self.projection is not None:
-            return self.projection.logits(step.begin, step.end).view(*step.shape, -1)
+            logits = self.projection.logits(step.begin, step.end)
+            return logits.view(*step.shape, logits.shape[-1])
         if not isinstance(self.teacher, Ensemble):
             return _take(self.teacher, step.index)
         members = [_take(x, step.index) for x in self.teacher.teachers]
         ensemble = Ensemble(members, self.teacher.weights, self.teacher.mean)
         # Logits whose softmax at T is the mean.
-        log_p = eager.log_probabilities(ensemble, None, self.objective, torch.float32)
-        return log_p.mul_(self.objective.temperature)
+        return self.log_mean(ensemble).mul_(self.objective.temperature)
+
+    def log_mean(self, ensemble):
+        """log p (…, V) of an ensemble's mean."""
+        return eager.log_probabilities(ensemble, None, self.objective, torch.float32)
 
 
 def _take(source, index):

@@ -10,6 +10,7 @@ from . import autograd, checks, ops
 from .backends import eager, registry
 from .kept import keep
 from .objective import make_objective
+from .parallel import call as parallel
 from .source_checks import check_sources, check_sparse_objective
 from .sources import Ensemble, LinearHead, Sampled, TopK
 
@@ -40,6 +41,7 @@ def kd_loss(
     shift=False,
     reduction="mean",
     num_items=None,
+    group=None,
     inplace=False,
     backend=None,
     return_terms=False,
@@ -90,6 +92,13 @@ def kd_loss(
         num_items: with "mean", divide by this instead of Σ w: a number or a one-element tensor.
             With the number of tokens of the whole batch, gradient accumulation and data parallel
             training give the gradient of one big batch.
+        group: the `torch.distributed.ProcessGroup` whose ranks share the vocabulary. Logits are
+            this rank's columns, in the order of the ranks, any number on each; of a `LinearHead`
+            its rows of weight and bias, with all of the hidden states, whose gradient comes back
+            complete. Labels, ids and `vocab_size` are of the whole vocabulary; they and all else,
+            the number of rows first, are the same on every rank, as is what is returned. All
+            ranks make the same calls, and of a head under "none" the same backward passes.
+            Logits that are `DTensor`s sharded on the vocabulary need no group.
         inplace: write the gradient over the student's logits, which may not be used afterwards.
             (Under `torch.compile`, whose graphs own their memory, they are left as they are. A
             `LinearHead` has none.)
@@ -105,16 +114,20 @@ def kd_loss(
         TypeError: an argument that is no tensor, has a dtype not listed, or is not a number.
         ValueError: shapes that do not match, names or numbers outside what is listed, a teacher
             that requires grad, a divergence or temperature that a sparse teacher has no answer for;
-            what `TopK` or `Sampled` hold and is no distribution (on a GPU the row is NaN).
+            what `TopK` or `Sampled` hold and is no distribution (on a GPU the row is NaN); ranks of
+            a group that do not agree, or have replicas instead of shards.
         IndexError: labels outside [0, vocab_size) that are not `ignore_index` (on a GPU the row is
             NaN and the error follows); ids of `TopK` or `Sampled` outside it that are not −1 (on a
             GPU the row is NaN).
         RuntimeError: a backend asked for that cannot be used; `inplace` on a leaf that requires
-            grad.
+            grad; another rank of `group` that could not go on.
     """
-    vocab_size = check_sources(student, teacher, vocab_size)
+    sharding, *local = parallel.opened(student, teacher, labels, token_weights, group, vocab_size)
+    student, teacher, labels, token_weights = local
+    vocab_size = check_sources(student, teacher, vocab_size, sharded=sharding is not None)
     leading = student.hidden if isinstance(student, LinearHead) else student
     shape, device = leading.shape[:-1], leading.device
+    sharding = sharding if shape.numel() else None  # without rows there is nothing to tell
     checks.row_tensor("labels", labels, shape, device, checks.LABELS)
     checks.row_tensor("token_weights", token_weights, shape, device, checks.REALS)
     checks.num_items(num_items, reduction)
@@ -142,7 +155,7 @@ def kd_loss(
         checks.overwritable(student, teacher)
         inplace = not torch.compiler.is_compiling()
         if inplace:
-            if labels is not None and device.type == "cpu":
+            if labels is not None and device.type == "cpu" and sharding is None:
                 ops.check_labels(labels, ignore_index, vocab_size)  # while the logits still live
             student = autograd.give_up(student)
     else:
@@ -157,13 +170,16 @@ def kd_loss(
         num_items = _as_float64(num_items, device)
     student = _rows(student)
     teacher = _rows(teacher)
-    if objective.distill_weight or return_terms:
+    if not (objective.distill_weight or return_terms):
+        if not isinstance(teacher, torch.Tensor):
+            teacher = None  # a term of weight 0 is not computed, nor what it would take
+    elif sharding is None:
         teacher = _kept(teacher, labels, objective)
-    elif not isinstance(teacher, torch.Tensor):
-        teacher = None  # a term of weight 0 is not computed, nor what it would take
 
     inputs = student, teacher, labels, token_weights, num_items, objective, return_terms
-    if backend == "eager":
+    if sharding is not None:
+        loss, rows = parallel.distill(sharding, *inputs, backend=backend, inplace=inplace)
+    elif backend == "eager":
         loss, rows = eager.distill(*inputs)
     else:
         loss, rows = autograd.distill(*inputs, backend=backend, inplace=inplace)

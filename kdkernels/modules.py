@@ -32,6 +32,7 @@ class KDLoss(nn.Module):
         vocab_size=None,
         shift=False,
         reduction="mean",
+        group=None,
         inplace=False,
         backend=None,
         return_terms=False,
@@ -54,6 +55,7 @@ class KDLoss(nn.Module):
         self.options = dict(
             **objective,
             shift=shift,
+            group=group,
             inplace=inplace,
             backend=backend,
             return_terms=return_terms,

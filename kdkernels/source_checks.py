@@ -13,8 +13,9 @@ COUNTS = REALS[:-1]
 MAX_FACTOR = 2.0**60  # of logits: what float32 can multiply by and divide by
 
 
-def check_sources(student, teacher, vocab_size):
-    """Check both predictions and return the number of real classes."""
+def check_sources(student, teacher, vocab_size, sharded=False):
+    """Check both predictions and return the number of real classes; `sharded`: those that are here,
+    of which only their group knows how many are real."""
     if not isinstance(student, DENSE):
         raise TypeError(
             f"student must be a tensor of logits or a LinearHead, got {type(student).__name__}"
@@ -50,6 +51,9 @@ def check_sources(student, teacher, vocab_size):
                 raise ValueError(
                     f"{field} requires grad, but gets no gradient; pass {field}.detach()"
                 )
+    if sharded:
+        positive_int("vocab_size", vocab_size)
+        return widths["student"]
     return _vocab_size(widths, leading, vocab_size)
 
 

@@ -28,8 +28,8 @@ class LinearHead:
         bias: (V,), of the same dtype, or None.
         logit_scale: a finite number.
         softcap: a positive number, or None.
-        chunk_rows: rows of these logits that exist at a time; None: as many as `chunked` says, by a
-            budget in bytes. A student's are at least as many as its teachers'.
+        chunk_rows: rows of these logits that exist at a time, twice over a group; None: as many as
+            `chunked` says, by a budget in bytes. A student's are at least as many as its teachers'.
         grad_dtype: what the gradient of `weight` is added up in: None for float32 (float64 for
             float64), or bfloat16 for a weight of bfloat16, which takes half of the memory and loses
             digits with every chunk.

@@ -10,7 +10,7 @@ import torch
 from conftest import INF, NAN, assert_plus_zero, assert_same_bits, random_like
 from oracle import assert_loss_close, gradient_bound, reference, ulp
 
-from kdkernels import Ensemble, LinearHead, chunked, kd_loss
+from kdkernels import Ensemble, LinearHead, TopK, chunked, kd_loss
 
 IGNORE = -100
 H, V = 6, 90
@@ -75,6 +75,16 @@ def assert_gradients_close(grads, student, ref, slope=None, bias=False):
         assert grad.dtype == dtype
         error = (grad.double().reshape(exact.shape) - exact).abs()
         assert (error <= allowed).all(), f"{(error / allowed).max():.3g} of what is allowed"
+
+
+def test_rows_of_a_head_without_its_teacher(backend):
+    """A term of weight 0 is not computed, nor what its gradient would need."""
+    student, _, labels = heads(4)
+    source = TopK(torch.tensor([[1, 2]]).expand(4, 2), torch.full((4, 2), -2.0))
+    options = dict(alpha=0.0, reduction="none", backend=backend)
+    loss, grads = run(student, source, labels, **options)
+    alone, alone_grads = run(student, torch.zeros(4, V), labels, **options)
+    assert_same_bits((loss, alone), *zip(grads[:2], alone_grads[:2], strict=True))
 
 
 OPTIONS = [

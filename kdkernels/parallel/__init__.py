@@ -1,0 +1,1 @@
+"""The loss where ranks share the vocabulary: `kd_loss(..., group=...)`."""
