@@ -1,20 +1,22 @@
 """The command line: `python -m kdkernels distill`, `cache`, `sweep`, `report`, `bench`, `info`.
 
 Exit codes: 0 done, 1 what `bench` or `cache verify` found wrong or a training that failed, 2 a
-wrong argument or file (one line on stderr says which), 130 interrupted.
+wrong argument or file (one line on stderr says which), 130 interrupted. Of several processes each
+that fails says so in a line, and ends at once.
 """
 
 import argparse
 import functools
 import importlib
 import inspect
+import os
 import sys
 import warnings
 from pathlib import Path
 
 from . import cache, files, info
 from .cache import identity
-from .distill import CheckpointError, TrainingError
+from .distill import CheckpointError, TrainingError, failures
 from .distill.jobs import CacheConfig, Config, caches, config, models
 from .distill.presets import digits
 
@@ -41,6 +43,7 @@ examples:
   python -m kdkernels distill --teacher DIR --student DIR --data DIR --out runs/mine
   python -m kdkernels distill --student DIR --data DIR --alpha 0     a teacher first, on labels
   python -m kdkernels distill --config run.yaml --alpha 0.9          options of a file, but alpha
+  torchrun --nproc-per-node 8 -m kdkernels distill --config run.yaml --shard-teacher   on 8 GPUs
 
 run.yaml has a line for each option, as in the config.yaml that every run leaves:
   teacher: models/large
@@ -69,6 +72,7 @@ examples:
   python -m kdkernels cache build --teacher DIR --data DIR --kind sampled:50    smaller, unbiased
   python -m kdkernels cache build --teacher DIR --data DIR --kind hidden:bf16   all, by its head
   torchrun --nproc-per-node 8 -m kdkernels cache build --teacher DIR --data DIR  on eight GPUs
+  torchrun --nproc-per-node 8 -m kdkernels cache build --teacher DIR --data DIR --shard-teacher
 
 and afterwards, as often as you like, without the teacher:
   python -m kdkernels distill --teacher-cache runs/cache --student DIR --data DIR
@@ -327,9 +331,10 @@ def _build(arguments):
 
     try:
         _quiet()
-        CacheJob(CacheConfig.of(_given(arguments))).run()
-    except WRONG as error:
-        return _wrong(arguments.command, error)
+        with failures.shared():
+            CacheJob(CacheConfig.of(_given(arguments))).run()
+    except Exception as error:
+        return _wrong(arguments.command, error, *_code_of(error))
     return 0
 
 
@@ -394,22 +399,37 @@ def _run(arguments, make):
     """make: options that were given by name -> what has a `run`, everything checked."""
     command = arguments.command
     try:
-        job = make(_given(arguments))
-    except WRONG as error:
-        return _wrong(command, error)
+        with failures.shared():
+            job = make(_given(arguments))
+    except Exception as error:
+        return _wrong(command, error, *_code_of(error))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), failures.shared():
             warnings.showwarning = functools.partial(_warn, command)
             results = job.run()
     except (CheckpointError, cache.CacheError) as error:
         return _wrong(command, error)
     except TrainingError as error:
         return _wrong(command, error, code=1)
+    except Exception as error:
+        if not failures.several():
+            raise
+        return _wrong(command, error, code=1)
     if results is not None:  # of several processes, the main one has them
         from .distill import html
 
         html.write(job.out)
     return 0
+
+
+def _code_of(error):
+    """[exit code] for an exception while a job is made; one process alone shows where it came
+    from, if it is of nothing that was given."""
+    if isinstance(error, WRONG):
+        return [2]
+    if failures.several():
+        return [1]
+    raise error
 
 
 def _given(arguments):
@@ -478,7 +498,15 @@ def _warn(command, message, *where, **more):
 
 def _wrong(command, error, code=2):
     text = " ".join(str(error).split())
+    if failures.several():
+        known = isinstance(error, (*WRONG, CheckpointError, cache.CacheError))
+        text = f"{failures.place()}: {text if known else failures.line(error)}"
     print(f"python -m kdkernels {command}: error: {text}", file=sys.stderr)
+    if failures.several():
+        # The others are waiting, and threads of the process group may hang or abort a proper end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

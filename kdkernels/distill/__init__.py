@@ -4,6 +4,7 @@ from .capture import write_cache
 from .checkpoints import CheckpointError, Checkpoints
 from .distiller import Distiller, TrainingError
 from .evaluation import Evaluation, evaluate, predict
+from .failures import ProcessError
 from .hints import AttentionTransfer, FeatureHint
 from .history import History
 from .offline import open_predictions, write_predictions
@@ -19,6 +20,7 @@ __all__ = [
     "Evaluation",
     "FeatureHint",
     "History",
+    "ProcessError",
     "Scores",
     "SeveralTeachers",
     "TrainingError",

@@ -61,6 +61,12 @@ def rows_from(step, count, batch_size, seed, processes=1, process=0):
                 yield rows.tensor_split(processes)[process]
 
 
+def least_rows(step, count, batch_size, processes=1):
+    """How many rows of a step's batch each of several processes has, or one more."""
+    place = step % steps_per_epoch(count, batch_size, processes)
+    return min(batch_size, count - place * batch_size) // processes
+
+
 class InMemory:
     """Tensors: inputs (N, ...) and labels (N, ...) or None."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .. import __version__
@@ -17,8 +18,9 @@ from ..cache.samples import KEY
 from ..cache.sections import zstd
 from ..source_rows import flat, map_rows
 from ..sources import LinearHead
-from . import checks
+from . import checks, failures
 from .batches import Streamed
+from .engine import is_sharded, whole
 from .predictions import inference, predict_with
 
 WAIT = 0.2  # seconds between two looks at what other processes have written
@@ -36,7 +38,8 @@ def write_cache(path, teacher, inputs, kind="topk:64", *, on_progress=None, **op
     Args:
         path: the directory; made where it is missing.
         teacher: a module that maps token ids (B, L) to logits (B, L, V), a `LinearHead`, or an
-            object that has `logits`. It runs where it is.
+            object that has `logits`. It runs where it is. Where `fully_shard` has spread it over
+            processes, all of them have to come here, and make as many calls each.
         inputs: token ids (N, L), any integer dtype: a row is a sample. Or a map-style `Dataset`
             whose examples are ids (L,), (ids, label), or dicts that have "input_ids" and may have
             "labels" and an "attention_mask": 0 is padding, tokens with the same number beside each
@@ -99,6 +102,8 @@ class Capture:
             checks.integer(option, value, low=1)
         checks.integer("seed", seed)
         self.path, self.teacher, self.batch_size = Path(path), teacher, batch_size
+        self.is_sharded = any(is_sharded(x) for x in teacher.parameters())
+        self.calls = 0  # of the teacher
         self.device = next((x.device for x in teacher.parameters()), torch.device("cpu"))
         are_values = isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
         self.samples = _Values(inputs) if are_values else _Samples(inputs)
@@ -121,6 +126,12 @@ class Capture:
             )
         if self.head is not None:
             self.head = _cut(self.head, vocab_size)
+            if self.is_sharded:  # its memory is freed when it is sharded again
+                bias = self.head.bias
+                own = dict(
+                    weight=self.head.weight.clone(), bias=bias if bias is None else bias.clone()
+                )
+                self.head = replace(self.head, **own)
         found = kinds.parse(kind, vocab_size, tail=tail, head=self.head)
         if tokenizer is not None:
             tokenizer = identity.of_tokenizer(tokenizer)
@@ -129,7 +140,7 @@ class Capture:
             manifest.describe(
                 found,
                 sample="values" if are_values else "tokens",
-                teacher=identity.of_teacher(teacher, name or type(teacher).__name__),
+                teacher=identity.of_teacher(_Whole(teacher), name or type(teacher).__name__),
                 tokenizer=tokenizer,
                 data=data,
                 seed=seed,
@@ -143,13 +154,8 @@ class Capture:
     def run(self, on_progress=None):
         """-> the `TeacherCache`, complete"""
         on_progress = on_progress or (lambda done: None)
-        rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-        left = sorted(range(len(self.shards)), key=lambda number: number % world != rank)
-        while left:
-            on_progress(self.stored())
-            left = [number for number in left if not self._write(number, on_progress)]
-            if left:
-                time.sleep(WAIT)
+        with failures.shared():
+            (self._run_together if self.is_sharded else self._run_apart)(on_progress)
         # What is published may be of fewer inputs, full shards being the same, or of more; and a
         # shard that was written again may have other bytes, on another machine.
         published = manifest.load(self.path).shards if self.build.is_published() else ()
@@ -157,6 +163,37 @@ class Capture:
         for lock in self.path.glob("shard-*.lock"):  # of shards that were damaged
             lock.unlink(missing_ok=True)
         return TeacherCache(self.path)
+
+    def _run_apart(self, on_progress):
+        rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        left = sorted(range(len(self.shards)), key=lambda number: number % world != rank)
+        while left:
+            on_progress(self.stored())
+            left = [number for number in left if not self._write(number, on_progress)]
+            if left:
+                time.sleep(WAIT)
+
+    def _run_together(self, on_progress):
+        """In rounds, of a shard for each process: every call gathers the teacher's weights, so that
+        those with fewer batches, or none, ask for some once more."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        left = range(len(self.shards))
+        while left := self._left(left):
+            on_progress(self.stored())
+            now, before = left[:world], self.calls
+            if rank < len(now) and not self._write(now[rank], on_progress):
+                time.sleep(WAIT)  # somebody else is writing it
+            most = before + max(sum(1 for _ in self._batches(number)) for number in now)
+            with inference(self.teacher):
+                while self.calls < most:
+                    self._predict([self.samples.content(*self.samples.places[0])])
+
+    def _left(self, numbers):
+        """Those of shards that are not there when all have come here, as process 0 sees it."""
+        dist.barrier()
+        found = [[number for number in numbers if not self._is_stored(number)]]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def stored(self):
         """Tokens of the shards that somebody has written."""
@@ -206,9 +243,29 @@ class Capture:
 
     def _predict(self, contents):
         """A list of ids (n,) -> what the teacher says of them: (B, n, ...); of values (B, ...)"""
+        self.calls += 1
         batch = torch.stack(contents).to(self.device)
         inputs = {"input_ids": batch} if self.samples.named else batch
         return predict_with(self.teacher, inputs)
+
+
+class _Whole(Mapping):
+    """A model whose state dict has a sharded tensor gathered when it is looked at, by all."""
+
+    def __init__(self, model):
+        self.parameters, self.state = model.parameters, model.state_dict()
+
+    def state_dict(self):
+        return self
+
+    def __getitem__(self, name):
+        return whole(self.state[name])
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self):
+        return len(self.state)
 
 
 class _Samples:

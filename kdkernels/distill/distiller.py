@@ -16,7 +16,7 @@ from torch import nn
 from ..cache import CacheMismatchError
 from ..functional import kd_loss
 from ..source_rows import detached, rows_of, to_device
-from . import batches, checks, engine, interrupt, randomness
+from . import batches, checks, engine, failures, interrupt, randomness
 from .evaluation import evaluate
 from .hints import Recorder
 from .hints import check as check_hints
@@ -48,9 +48,10 @@ class Distiller:
     Args:
         student: the module to train, in place. It maps a batch (B, ...) to logits (B, ..., V), a
             `LinearHead`, or an object that has `logits`.
-        teacher: a module that maps the same batch likewise; or its predictions for all inputs,
-            computed before: logits (N, ..., V), any float dtype, or what has a row [i] of those or
-            of a source for each input; or a `kdkernels.cache.TeacherCache`, which finds them by the
+        teacher: a module that maps the same batch likewise, on any device, its weights possibly
+            sharded over processes by `fully_shard`; or its predictions for all inputs, computed
+            before: logits (N, ..., V), any float dtype, or what has a row [i] of those or of a
+            source for each input; or a `kdkernels.cache.TeacherCache`, which finds them by the
             token ids; or `SeveralTeachers`; or None, with alpha = 0 and labels.
         inputs: (N, ...), any dtype the student takes; or a map-style `Dataset`, whose examples have
             labels of their own (`batches.Streamed` says which).
@@ -67,9 +68,10 @@ class Distiller:
             `CachedTeacher` with one; copied, what is learned of them is in `self.hints`.
         alpha_warmup: steps over which alpha grows to the loss's, from alpha / steps on.
         workers: processes that read a `Dataset`.
-        accelerator: an `accelerate.Accelerator` for devices, mixed precision and several processes
-            (`batch_size` is that of all together, an example for each at least); None: one
-            process, where the student is.
+        accelerator: an `accelerate.Accelerator` for devices, mixed precision and several processes,
+            with DDP or FSDP2 (`batch_size` is that of all together, an example for each at least).
+            It moves a teacher that lies on the CPU to its device. None: one process, where the
+            student is.
         seed: an int; fixes the order of the examples and the projections of hints, not the
             student's initial weights or its dropout.
 
@@ -131,7 +133,7 @@ class Distiller:
         learned = nn.ModuleList([student, *self.hints])
         built = optimizer([x for x in learned.parameters() if x.requires_grad])
         checks.instance("optimizer(...)", built, torch.optim.Optimizer, "a torch.optim.Optimizer")
-        self.student, self.optimizer = self.engine.prepare(student, built)
+        self.student, self.optimizer = engine.prepare(self.engine, student, built)
         # Steps have an autocast of their own; that of `prepare` makes float32 copies of all logits.
         self.engine.unwrap_model(self.student, keep_fp32_wrapper=False)
         self.scheduler = scheduler and scheduler(built)
@@ -159,7 +161,8 @@ class Distiller:
                 function of the student that returns an `Evaluation` or `Scores`.
             record_every: steps between two entries of the history; the last step is always one.
             on_step: None, or called without arguments after every step (a progress bar).
-            logs: objects whose `write(step, values)` gets every recording: {name: number}.
+            logs: objects whose `write(step, values)` gets every recording: {name: number}, in the
+                main one of several processes.
             checkpoints: None, or the `Checkpoints` to save to: after every `checkpoint_every`
                 steps, after the last one, and when interrupted (Ctrl-C).
             patience: None, or early stopping: after that many recordings in a row without a
@@ -173,6 +176,7 @@ class Distiller:
                 of at least 1, patience without a test, checkpoints of another run for one that
                 begins; and what the test and the loss raise.
             KeyboardInterrupt: after the step that was being taken, and its checkpoint.
+            ProcessError: another of several processes failed, died or hangs.
         """
         checks.integer("steps", steps, low=1)
         checks.integer("record_every", record_every, low=1)
@@ -193,7 +197,7 @@ class Distiller:
             self.history.stopped_early, self.best["recordings"] = False, 0
         self.student.train()
         batches = self._batches()
-        with interrupt.deferred() as interrupted:
+        with interrupt.deferred() as interrupted, failures.shared():
             last = stopped = False
             while not last:
                 self.meter.add(*self._step(next(batches)))
@@ -207,7 +211,7 @@ class Distiller:
                 due = checkpoint_every and self.steps_taken % checkpoint_every == 0
                 if checkpoints is not None and (last or due):
                     self._save(checkpoints)
-            if stopped or interrupted():
+            if stopped or engine.any_of(self.engine, interrupted()):
                 raise KeyboardInterrupt
         if patience is not None:
             self.restore_best()
@@ -215,15 +219,16 @@ class Distiller:
 
     def state(self):
         """All that the rest of the run depends on, as `Checkpoints` can hold it."""
+        whole = functools.partial(engine.whole_state, self.engine)
         return {
-            "student": self.engine.get_state_dict(self.student),
+            "student": self.student_state(),
             "hints": self.hints.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scheduler": self.scheduler and self.scheduler.state_dict(),
             "scaler": self.engine.scaler and self.engine.scaler.state_dict(),
             "history": self.history.state(),
             "meter": engine.gathered(self.engine, self.meter.state()),
-            "best": self.best,
+            "best": whole(self.best),
             "randomness": engine.gathered(self.engine, randomness.state()),
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -231,8 +236,17 @@ class Distiller:
             "teacher_cache": checksum(self.teacher),
         }
 
+    def student_state(self):
+        """The student's `state_dict`. Where it is sharded the main process has it, whole and on the
+        CPU; all have to call this."""
+        return engine.whole_state(self.engine, self._model().state_dict())
+
     def restore(self, step, state):
-        """Continues at a step from what `state` returned there, bit for bit.
+        """Continues at a step from what `state` returned there: bit for bit on as many processes.
+
+        On another number of them the order of the examples, the weights and the optimiser go on as
+        they would have, and sums are rounded otherwise; what dropout draws begins anew, from the
+        seed, the step and the process.
 
         Raises:
             ValueError: it is the state of another run: of other data, batches or order; the text
@@ -246,26 +260,34 @@ class Distiller:
                 raise ValueError(f"{name} must be {state[name]}, as before, got {value}")
         if (before := state.get("teacher_cache")) != (now := checksum(self.teacher)):
             raise CacheMismatchError(f"the teacher's cache must be {before}, as before, got {now}")
-        if len(state["randomness"]) != self.engine.num_processes:
+        processes = len(state["randomness"])
+        count = len(self.data), self.batch_size
+        steps = [batches.steps_per_epoch(*count, x) for x in (processes, self.engine.num_processes)]
+        if steps[0] != steps[1]:
             raise ValueError(
-                f"the processes must be {len(state['randomness'])}, as before, got "
-                f"{self.engine.num_processes}"
+                f"the processes must be {processes}, as before, got {self.engine.num_processes}: "
+                "the last batch of an epoch does not have an example for each of the larger number"
             )
         changing = dict(scheduler=self.scheduler, scaler=self.engine.scaler)
         for name, thing in changing.items():
             if (thing is None) != (state[name] is None):
                 before, now = ("none" if x is None else "one" for x in (state[name], thing))
                 raise ValueError(f"{name} must be as before, when there was {before}, got {now}")
-        self.engine.unwrap_model(self.student).load_state_dict(state["student"])
+        engine.load(self._model(), state["student"])
         self.hints.load_state_dict(state["hints"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        engine.load_optimizer(self.optimizer, state["optimizer"])
         for name, thing in changing.items():
             if thing is not None:
                 thing.load_state_dict(state[name])
         self.history = History.of(state["history"])
-        self.meter.restore(state["meter"][self.engine.process_index])
         self.best = state["best"]
-        randomness.restore(state["randomness"][self.engine.process_index])
+        place = self.engine.process_index
+        if processes == self.engine.num_processes:
+            self.meter.restore(state["meter"][place])
+            randomness.restore(state["randomness"][place])
+        else:
+            self.meter.restore(Meter.mean(state["meter"]))
+            randomness.begin(f"{self.seed} {step} {place}")
         self.steps_taken = step
 
     def resume(self, checkpoints):
@@ -284,7 +306,11 @@ class Distiller:
         """Gives the student the weights of its smallest test cross-entropy, where `train` was
         called with patience."""
         if self.best["student"] is not None:
-            self.engine.unwrap_model(self.student).load_state_dict(self.best["student"])
+            engine.load(self._model(), self.best["student"])
+
+    def _model(self):
+        """The student, without what makes it one of several processes."""
+        return self.engine.unwrap_model(self.student)
 
     def _record(self, test, logs, patience):
         """A recording -> whether training is to stop early."""
@@ -297,7 +323,7 @@ class Distiller:
         self.history.terms.append({k: x for k, x in terms.items() if k != "loss"})
         values, stop = {**terms, "rows_per_second": rows_per_second}, False
         if test is not None:
-            model = self.engine.unwrap_model(self.student)
+            model = self._model()
             found = test(model) if callable(test) else evaluate(model, *test)
             self.history.evaluations.append(found)
             values |= _numbers(found)
@@ -306,7 +332,7 @@ class Distiller:
                 (found, *_) = engine.gathered(self.engine, values["test_cross_entropy"])
                 stop = self._worse(found) >= patience
                 self.history.stopped_early = stop
-        for log in logs:
+        for log in logs if self.engine.is_main_process else ():
             log.write(self.steps_taken, values)
         self.meter.reset()
         self.student.train()
@@ -315,8 +341,7 @@ class Distiller:
     def _worse(self, cross_entropy):
         """How many recordings, up to this one, the smallest cross-entropy is ago."""
         if cross_entropy < self.best["cross_entropy"]:
-            weights = self.engine.get_state_dict(self.student)
-            weights = {name: x.detach().clone() for name, x in weights.items()}
+            weights = {name: x.detach().clone() for name, x in self._model().state_dict().items()}
             self.best = dict(cross_entropy=cross_entropy, recordings=0, student=weights)
         else:
             self.best["recordings"] += 1
@@ -338,7 +363,10 @@ class Distiller:
         """One optimiser step on this process's batch -> its terms {name: ()}, None if it was not
         taken, and the rows (int or ()) that counted."""
         batch = batch.to(self.engine.device)
-        parts = batch.split(self.accumulate)
+        # As many in every process: all of them gather for each what is sharded.
+        of_data = self.steps_taken, len(self.data), self.batch_size
+        least = batches.least_rows(*of_data, self.engine.num_processes)
+        parts = batch.split(min(self.accumulate, least))
         whole = self._whole(batch, parts)
         # What layers like BatchNorm2d remember of a batch that turns out not to be finite.
         buffers = [(x, x.clone()) for x in self.student.buffers()]
@@ -355,7 +383,7 @@ class Distiller:
         learned = [x for group in self.optimizer.param_groups for x in group["params"]]
         norm = self.engine.clip_grad_norm_(learned, self.clip_norm or math.inf)
         # A student without probability where its teacher has some: only the loss is infinite.
-        facts = [norm.float(), self.engine.reduce(terms["loss"]).float()]
+        facts = [engine.whole(norm).float(), self.engine.reduce(terms["loss"]).float()]
         finite, loss_finite = map(math.isfinite, torch.stack(facts).tolist())
         scaled = self.engine.scaler is not None
         if not loss_finite:
@@ -437,7 +465,8 @@ class Distiller:
             target = to_device(self.teacher(part), self.engine.device)
         if not self.hints:
             return prediction, target, None
-        features = zip(self.of_student.features(), self.of_teacher.features(), strict=True)
+        of_teacher = [x.to(self.engine.device) for x in self.of_teacher.features()]
+        features = zip(self.of_student.features(), of_teacher, strict=True)
         hints = zip(self.hints, features, strict=True)
         return prediction, target, sum(hint.weight * hint(*pair).mean() for hint, pair in hints)
 

@@ -1,8 +1,13 @@
 """Where training runs: on one device in one process, or what `accelerate` makes of a job."""
 
 import contextlib
+import os
+import warnings
+from dataclasses import replace
 
 import torch
+
+from ..sources import LinearHead
 
 
 class OneProcess:
@@ -19,9 +24,6 @@ class OneProcess:
 
     def unwrap_model(self, model, keep_fp32_wrapper=True):
         return model
-
-    def get_state_dict(self, model):
-        return model.state_dict()
 
     def autocast(self):
         return contextlib.nullcontext()
@@ -46,27 +48,130 @@ def of(accelerator, student):
     """The accelerator, or one process where the student is.
 
     Raises:
-        ValueError: an accelerator that divides the loss.
+        ValueError: an accelerator that divides the loss, or has several processes for an example.
     """
-    if accelerator is not None:
-        parts = getattr(accelerator, "gradient_accumulation_steps", 1)
-        if parts != 1:  # its backward divides every loss by them
-            raise ValueError(
-                f"accelerator must have gradient_accumulation_steps=1, got {parts}: "
-                "`accumulate` is what takes a batch in parts"
-            )
-        return accelerator
-    parameter = next(student.parameters(), torch.empty(()))
-    return OneProcess(parameter.device)
+    parts = getattr(accelerator, "gradient_accumulation_steps", 1)
+    if parts != 1:  # its backward divides every loss by them
+        raise ValueError(
+            f"accelerator must have gradient_accumulation_steps=1, got {parts}: "
+            "`accumulate` is what takes a batch in parts"
+        )
+    config = getattr(accelerator, "parallelism_config", None)
+    if config is not None and (ranks := config.non_data_parallel_size) != 1:
+        raise ValueError(
+            f"accelerator must give each process examples of its own, got {ranks} processes for "
+            "the same ones in its parallelism_config"
+        )
+    device = next(student.parameters(), torch.empty(())).device
+    found = OneProcess(device) if accelerator is None else accelerator
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > found.num_processes:
+        warnings.warn(
+            f"{started} processes were started, the Distiller knows of {found.num_processes}: the "
+            "others train by themselves, unless its accelerator is one of all",
+            stacklevel=3,
+        )
+    return found
+
+
+def prepare(engine, student, optimizer):
+    """The student and its optimiser, as the engine trains them: FSDP2 shards the student, while
+    other parameters of the optimiser, of hints, stay whole in every process."""
+    if not getattr(engine, "is_fsdp2", False):
+        return engine.prepare(student, optimizer)
+    mine = {id(x) for x in student.parameters()}
+    before = [group["params"] for group in optimizer.param_groups]
+    for group, parameters in zip(optimizer.param_groups, before, strict=True):
+        group["params"] = [x for x in parameters if id(x) in mine]  # accelerate knows no others
+    student, optimizer = engine.prepare(student, optimizer)
+    for group, parameters in zip(optimizer.param_groups, before, strict=True):
+        sharded = iter(group["params"])
+        group["params"] = [next(sharded) if id(x) in mine else x for x in parameters]
+    show_hidden(student)
+    return student, optimizer
+
+
+def show_hidden(module):
+    """Of a `LinearHead` that a module returns, FSDP2 gets to see the hidden states only.
+
+    It ties what it does before the backward to the tensors that a module returns: it may not find
+    them in a source, and to a weight, which stays, it would tie itself anew with every step.
+    """
+    kept = []
+
+    def apart(module, inputs, output):
+        kept[:] = [output] if isinstance(output, LinearHead) else []
+        return output.hidden if kept else output
+
+    def together(module, inputs, output):
+        return replace(kept.pop(), hidden=output) if kept else output
+
+    module.register_forward_hook(apart, prepend=True)
+    module.register_forward_hook(together)
+
+
+def is_sharded(x):
+    """Whether it is a DTensor, as FSDP2 makes of parameters."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(x):
+    """A tensor, gathered where it is sharded, which takes all processes."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def whole_state(engine, state):
+    """What a `state_dict` returned, with whole tensors: on the CPU of the main process, where they
+    were sharded, and None in the others."""
+    if isinstance(state, dict):
+        return {name: whole_state(engine, x) for name, x in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(whole_state(engine, x) for x in state)
+    if not is_sharded(state):
+        return state
+    state = whole(state)
+    return state.cpu() if engine.is_main_process else None
+
+
+def load(model, state):
+    """Whole tensors into a model, sharded or not.
+
+    Raises:
+        RuntimeError: of another model.
+    """
+    here = model.state_dict()
+    model.load_state_dict({name: _like(x, here.get(name)) for name, x in state.items()})
+
+
+def load_optimizer(optimizer, state):
+    """Whole tensors into an optimiser, of parameters that are sharded or not."""
+    parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    of_parameters = {
+        index: {name: _like(x, parameters[index]) for name, x in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": of_parameters})
+
+
+def _like(x, other):
+    """This process's part of a tensor, where the other, of the same shape, is sharded."""
+    if not is_sharded(other) or other.shape != getattr(x, "shape", None):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has read all of it: none has to send it.
+    mesh, placements = other.device_mesh, other.placements
+    return distribute_tensor(x.to(other.device), mesh, placements, src_data_rank=None)
 
 
 def check_whole(engine):
     """Checkpoints are written by one process, which must have all of the model and optimiser."""
     kind = getattr(engine, "distributed_type", "NO")
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    sharded = kind == "FSDP" and not engine.is_fsdp2
+    if sharded or kind in ("DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
-            f"checkpoints must be None with {kind.value}, where no process has the whole model: "
-            "call the accelerator's save_state from on_step"
+            f"checkpoints must be None with {kind.value}{' 1' * sharded}, where no process has the "
+            "whole model: call the accelerator's save_state from on_step, or use FSDP2"
         )
 
 

@@ -71,6 +71,15 @@ class Meter:
         totals = {name: torch.as_tensor(x).cpu() for name, x in self.totals.items()}
         return {"totals": totals, "count": self.count}
 
+    @staticmethod
+    def mean(states):
+        """The states of all processes -> that of each, where they are another number."""
+        totals = {
+            name: torch.stack([each["totals"][name] for each in states]).mean(0)
+            for name in states[0]["totals"]
+        }
+        return {**states[0], "totals": totals}
+
     def restore(self, state):
         self.reset()
         self.totals, self.count = state["totals"], state["count"]

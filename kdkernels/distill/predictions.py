@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from ..cache import TeacherCache
 from ..source_rows import detached
 from ..sources import Ensemble, LinearHead, Sampled, TopK
+from .engine import is_sharded, whole
 
 SOURCES = (LinearHead, TopK, Sampled, Ensemble)
 
@@ -20,8 +22,11 @@ def predict_with(model, inputs):
 
     Raises:
         TypeError: the model returns something else.
+        ValueError: a head whose weight FSDP2 has freed since.
     """
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(output, LinearHead):
+        return _readable(output)
     if isinstance(output, (torch.Tensor, *SOURCES)):
         return output
     logits = getattr(output, "logits", None)
@@ -31,6 +36,20 @@ def predict_with(model, inputs):
             f"{type(model).__name__} returns {type(output).__name__}"
         )
     return logits
+
+
+def _readable(head):
+    """A head whose weight can be read, also where FSDP2 shards it."""
+    if is_sharded(head.weight):
+        if torch.is_grad_enabled():  # `kd_loss` gathers it, and shards its gradient
+            return head
+        return replace(head, weight=whole(head.weight), bias=whole(head.bias))
+    if head.weight.numel() and not head.weight.untyped_storage().size():
+        raise ValueError(
+            "a sharded model that returns a LinearHead must be one of fully_shard(..., "
+            "reshard_after_forward=False) where the head's weight is: it is read afterwards"
+        )
+    return head
 
 
 @contextlib.contextmanager
@@ -46,13 +65,20 @@ def inference(model):
             module.training = training
 
 
+def device_of(model):
+    """Where a module's first parameter is; None of one that has none."""
+    return next((x.device for x in model.parameters()), None)
+
+
 class ModelTeacher:
-    """A module, frozen: in evaluation mode, without gradients."""
+    """A module, frozen: in evaluation mode, without gradients, on the device where it is."""
 
     def __init__(self, model):
         self.model = model
 
     def __call__(self, batch):
+        if (device := device_of(self.model)) is not None:
+            batch = batch.to(device)
         with inference(self.model):
             # A head's weight is the model's own parameter, which may require a gradient.
             return detached(predict_with(self.model, batch.inputs))
@@ -90,8 +116,7 @@ class CachedTeacher(nn.Module):
     def forward(self, batch):
         wanted = found_by(self.cache, batch.inputs)
         if self.model is not None:
-            with inference(self.model):
-                predict_with(self.model, batch.inputs)
+            ModelTeacher(self.model)(batch)
         return self.cache.to(wanted[0].device).read(*wanted)
 
 
@@ -134,8 +159,8 @@ class SeveralTeachers:
 
 
 def as_teacher(teacher, accelerator=None):
-    """A module, its predictions, or several of them -> what a batch is asked of. Modules, and the
-    head of a cache, are moved to the accelerator's device."""
+    """A module, its predictions, or several of them -> what a batch is asked of. The head of a
+    cache, and modules that lie on the CPU, are moved to the accelerator's device."""
     if isinstance(teacher, SeveralTeachers):
         for each in teacher.teachers:
             as_teacher(each, accelerator)
@@ -143,7 +168,10 @@ def as_teacher(teacher, accelerator=None):
     if isinstance(teacher, TeacherCache):
         teacher = CachedTeacher(teacher)
     if isinstance(teacher, nn.Module) and accelerator is not None:
-        teacher = teacher.to(accelerator.device)
+        parameter = next(teacher.parameters(), None)
+        # On another GPU, or sharded, it is where it shall be.
+        if parameter is None or (parameter.device.type == "cpu" and not is_sharded(parameter)):
+            teacher = teacher.to(accelerator.device)
     if isinstance(teacher, CachedTeacher):
         return teacher
     return ModelTeacher(teacher) if isinstance(teacher, nn.Module) else StoredTeacher(teacher)

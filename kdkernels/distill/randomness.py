@@ -1,5 +1,6 @@
 """The state of every generator that training may draw from."""
 
+import hashlib
 import random
 
 import numpy as np
@@ -22,8 +23,17 @@ def restore(found):
     random.setstate(found["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(found["torch"])
-    if found["cuda"]:
+    # On another machine there may be fewer GPUs, or none.
+    if len(found["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(found["cuda"])
+
+
+def begin(text):
+    """States that depend on a text alone."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _number(x):

@@ -17,6 +17,7 @@ from ..source_checks import check_sources
 from ..source_rows import detached, flat, logit_chunks, map_rows, to_device
 from ..sources import Ensemble, LinearHead, Sampled, TopK
 from . import batches, checks
+from .engine import is_sharded
 from .predictions import CachedTeacher, as_teacher, inference, predict_with
 
 IGNORED = -100
@@ -128,7 +129,9 @@ def calibration_error(confidence, right, bins=BINS):
 def size_of(model, inputs):
     """What a model costs, its latency for these inputs (B, ...), logits included -> `Size`."""
     with inference(model):
-        times, end = [], time.perf_counter() + SECONDS
+        # Of a sharded model, which takes all processes, each makes as many calls.
+        sharded = any(is_sharded(x) for x in model.parameters())
+        times, end = [], time.perf_counter() + (0.0 if sharded else SECONDS)
         while len(times) < WARM_UP + CALLS and (len(times) <= WARM_UP or time.perf_counter() < end):
             start = time.perf_counter()
             prediction = predict_with(model, inputs)
@@ -140,7 +143,7 @@ def size_of(model, inputs):
     parameters = _distinct(model.parameters())
     return Size(
         parameters=sum(x.numel() for x in parameters),
-        bytes=sum(x.nbytes for x in _distinct([*parameters, *model.buffers()])),
+        bytes=sum(x.numel() * x.element_size() for x in _distinct([*parameters, *model.buffers()])),
         latency_ms=1e3 * statistics.median(times[WARM_UP:]),
     )
 
@@ -248,7 +251,9 @@ def _answers(teacher, columns):
 
 
 def _distinct(tensors):
-    return list({(x.data_ptr(), x.numel()): x for x in tensors}.values())
+    return list(
+        {id(x) if is_sharded(x) else (x.data_ptr(), x.numel()): x for x in tensors}.values()
+    )
 
 
 def _device(model):

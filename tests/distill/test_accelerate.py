@@ -1,13 +1,9 @@
 """With `accelerate`: mixed precision, and several processes that train as one does."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import assert_trained_alike
@@ -17,8 +13,6 @@ from kdkernels import kd_loss
 from kdkernels.distill import Checkpoints
 
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +37,6 @@ def test_one_process_has_the_same_bits():
 
 PROGRAM = """
     import signal
-    import sys
-    sys.path[:0] = {here!r}, {above!r}
     import torch
     torch.set_num_threads(1)
     from accelerate import Accelerator
@@ -131,24 +123,8 @@ def distiller(accelerator, **options):
 
 def run(folder):
     """The program in two processes."""
-    program = textwrap.dedent(PROGRAM).format(
-        here=str(HERE), above=str(HERE.parent), folder=str(folder)
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    running = []
-    for rank in ("0", "1"):
-        place = dict(RANK=rank, LOCAL_RANK=rank, PYTHONPATH=str(HERE.parents[1]))
-        environment = {**os.environ, **address, **place}
-        command = [sys.executable, "-c", program]
-        running.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    program = textwrap.dedent(PROGRAM).format(folder=str(folder))
+    processes.run(["-c", program], 2)
     return torch.load(folder / "found.pt")
 
 
@@ -190,12 +166,13 @@ def test_mixed_precision_leaves_logits_as_they_are(monkeypatch):
 
 def test_shards_are_no_checkpoint(tmp_path):
     """The main process would save its own shard and call it the model."""
-    from accelerate import Accelerator, DistributedType
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
     accelerator = Accelerator(cpu=True)
     sharded = make(accelerator=accelerator)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     accelerator.state.distributed_type = DistributedType.FSDP
-    with pytest.raises(ValueError, match="checkpoints must be None with FSDP"):
+    with pytest.raises(ValueError, match="checkpoints must be None with FSDP 1"):
         sharded.train(2, checkpoints=Checkpoints(tmp_path))
     assert sharded.steps_taken == 0
 
@@ -206,4 +183,15 @@ def test_an_accelerator_that_divides_the_loss_is_refused():
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1, got 4"):
+        make(accelerator=accelerator)
+
+
+def test_an_accelerator_whose_processes_share_examples_is_refused():
+    """Each would train on a part of the batch of its own."""
+    from accelerate import Accelerator
+    from accelerate.parallelism_config import ParallelismConfig
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.parallelism_config = ParallelismConfig(tp_size=2)
+    with pytest.raises(ValueError, match="got 2 processes for the same ones"):
         make(accelerator=accelerator)

@@ -25,10 +25,13 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(**options):
+def make(teacher=None, **options):
+    """teacher: None: one whose features a hint compares."""
     torch.manual_seed(3)
     student = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, V))
-    teacher = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, V))
+    if teacher is None:
+        teacher = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, V))
+        options = {"hints": [FeatureHint("0", "0")], **options}
     labels = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
     scheduler = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=4)
     return Distiller(
@@ -38,8 +41,7 @@ def make(**options):
         labels,
         loss=KDLoss(temperature=2.0),
         **{
-            **dict(batch_size=8, scheduler=scheduler, hints=[FeatureHint("0", "0")]),
-            **dict(alpha_warmup=7),
+            **dict(batch_size=8, scheduler=scheduler, alpha_warmup=7),
             **options,
         },
     )
@@ -98,6 +100,35 @@ def test_the_state_of_another_run_is_refused(tmp_path):
         (name,) = change
         with pytest.raises(ValueError, match=f"{name} must be .*, as before, got {change[name]}"):
             make(**change).restore(step, state)
+
+
+def of_two_processes(folder):
+    """A checkpoint, as if there had been another process -> step, state"""
+    step, state = Checkpoints(folder).load()
+    return step, {**state, "randomness": state["randomness"] * 2, "meter": state["meter"] * 2}
+
+
+def test_on_fewer_processes_dropout_begins_anew_from_the_seed(tmp_path):
+    make().train(2, checkpoints=Checkpoints(tmp_path))
+    found = []
+    for seed in (5, 6):
+        resumed = make()
+        torch.manual_seed(seed)
+        resumed.restore(*of_two_processes(tmp_path))
+        resumed.train(3)
+        found.append(weights(resumed))
+    assert torch.equal(*found)
+    made = make()
+    made.restore(*Checkpoints(tmp_path).load())  # on as many
+    made.train(3)
+    assert not torch.equal(weights(made), found[0])
+
+
+def test_another_number_of_steps_in_an_epoch_is_refused(tmp_path):
+    """The last batch of 37 examples has one: one process takes it, two leave it out."""
+    make(batch_size=9).train(2, checkpoints=Checkpoints(tmp_path))
+    with pytest.raises(ValueError, match="processes must be 2, as before, got 1: the last batch"):
+        make(batch_size=9).restore(*of_two_processes(tmp_path))
 
 
 def test_a_run_that_begins_leaves_those_of_another_alone(tmp_path):

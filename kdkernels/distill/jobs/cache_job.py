@@ -1,6 +1,7 @@
 """`CacheJob`: writes a teacher's predictions for the training examples that a `Job` will have."""
 
 import contextlib
+import datetime
 import os
 import sys
 import time
@@ -45,6 +46,9 @@ class CacheConfig(config.Options):
     )
     length: int = config.option(TEACHER, 512, "tokens of an example")
     seed: int = config.option(TEACHER, 0, "of what is held out, and of what is drawn")
+    shard_teacher: bool = config.option(
+        TEACHER, False, "spread the teacher's weights over all processes, with FSDP2"
+    )
     kind: str = config.option(
         WRITTEN,
         "topk:64",
@@ -63,11 +67,15 @@ class CacheConfig(config.Options):
     shard_tokens: int = config.option(
         WRITTEN, SHARD_TOKENS, "tokens of a file: what is done again after an interruption, at most"
     )
+    timeout: float = config.option(
+        WRITTEN, 10.0, "minutes after which a process that others wait for ends a sharded teacher"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         config.given(self, "teacher", "data", "out")
         config.at_least(1, self, "length", "vocab_size", "batch_size", "shard_tokens")
+        config.positive(self, "timeout")
         config.check_share(self)
         config.one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
@@ -75,7 +83,8 @@ class CacheConfig(config.Options):
 class CacheJob:
     """Writes a cache, all of which is checked here, before the first batch.
 
-    Under torchrun every process writes shards of its own, on the GPU of its local rank.
+    Under torchrun every process writes shards of its own, on the GPU of its local rank; they need
+    nothing of each other, unless the teacher is sharded.
 
     Args:
         options: a `CacheConfig`.
@@ -109,9 +118,13 @@ class CacheJob:
         teacher = models.without_logits("teacher", teacher, self.notes)
         if self.notes and options.kind.startswith("hidden"):
             raise ValueError(f"kind must not be {options.kind}, {self.notes[0]}")
+        if options.shard_teacher:
+            _shard(teacher, options.timeout)
+        else:
+            teacher.to(_device())
         self.capture = Capture(
             options.out,
-            teacher.to(_device()),
+            teacher,
             train,
             options.kind,
             vocab_size=size,
@@ -151,6 +164,19 @@ class CacheJob:
             soft_wrap=True,
         )
         return cache
+
+
+def _shard(teacher, minutes):
+    """Over all processes, which wait for each other from here on."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        raise ValueError("shard_teacher goes with several processes")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_device())
+    if not dist.is_initialized():
+        dist.init_process_group(timeout=datetime.timedelta(minutes=minutes))
+    models.shard(teacher)
 
 
 def _device():

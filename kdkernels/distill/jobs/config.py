@@ -88,6 +88,16 @@ class Config(Options):
         DATA, 0.1, "share of the documents or images that are held out, in (0, 1)"
     )
     length: int = option(DATA, 512, "tokens of a text example")
+    teacher_device: str | None = option(
+        DATA,
+        None,
+        "device of the teacher, such as cuda:1; several, with commas between, are those of the "
+        "processes of a machine in turn; default: the student's",
+        "DEVICE",
+    )
+    shard_teacher: bool = option(
+        DATA, False, "spread the teacher's weights over all processes, with FSDP2"
+    )
     teacher_cache: str | None = option(
         DATA,
         None,
@@ -146,6 +156,9 @@ class Config(Options):
     gradient_checkpointing: bool = option(
         TRAINING, False, "compute activations twice, to save memory"
     )
+    shard_student: bool = option(
+        TRAINING, False, "spread the student and its optimiser over all processes, with FSDP2"
+    )
     mixed_precision: str = option(TRAINING, "no", "no, bf16 or fp16")
     patience: int | None = option(
         TRAINING, None, "early stopping: recordings without a smaller test cross-entropy"
@@ -156,6 +169,9 @@ class Config(Options):
     )
     record_every: int = option(RUN, 50, "steps between two evaluations on the test data")
     checkpoint_every: int = option(RUN, 500, "steps between two checkpoints")
+    timeout: float = option(
+        RUN, 10.0, "minutes after which a process that others wait for ends the run"
+    )
     workers: int = option(RUN, 0, "processes that read the data")
     tensorboard: bool = option(RUN, True, "write a log for TensorBoard, next to log.csv")
 
@@ -167,14 +183,13 @@ class Config(Options):
         at_least(1, self, "length", "batch_size", "accumulate", "record_every", "checkpoint_every")
         at_least(1, self, "steps", "patience", "vocab_size")
         at_least(0, self, "alpha_warmup", "warmup", "workers", "weight_decay")
-        for name in ("learning_rate", "epochs", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+        positive(self, "learning_rate", "epochs", "clip_norm", "timeout")
         check_share(self)
         one_of("tail", self.tail, ("bucket", "renormalize", None))
         one_of("scheduler", self.scheduler, ("constant", "linear", "cosine"))
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        if self.teacher_device is not None and self.shard_teacher:
+            raise ValueError("teacher_device and shard_teacher must not both be given")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs must not both be given")
 
@@ -260,6 +275,14 @@ def at_least(low, options, *names):
         value = getattr(options, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def positive(options, *names):
+    """Of those that are not None."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_share(options):

@@ -37,7 +37,8 @@ from . import config, models, parts
 
 HINTS = {"feature": FeatureHint, "attention": AttentionTransfer}
 # Options that a run may change when it is resumed: no weight depends on them.
-FREE = {"out", "checkpoint_every", "workers", "tensorboard"}
+FREE = {"out", "checkpoint_every", "workers", "tensorboard", "timeout"}
+FREE |= {"teacher_device", "shard_teacher", "shard_student"}
 CURVES = "learning_curves.png"
 HEADINGS = dict(name="", accuracy="accuracy", cross_entropy="nats", perplexity="perplexity")
 HEADINGS.update(agreement="agrees", parameters="parameters", latency_ms="ms", speed_up="speed")
@@ -70,9 +71,9 @@ class Job:
         self.loss = KDLoss(vocab_size=self.parts.vocab_size, **given)
         each = batches.steps_per_epoch(len(self.parts.train), options.batch_size)
         self.steps = options.steps or math.ceil((options.epochs or 1) * each)
-        self.accelerator = _accelerator(options)
+        self.accelerator = _accelerator(options, self.parts.student)
         if self.parts.teacher is not None:
-            self.parts.teacher.to(self.accelerator.device)
+            self._place(self.parts.teacher)
         if options.write_teacher_predictions:
             self.distiller = None  # comes when the file is there
             self._try(self.parts.teacher)
@@ -97,9 +98,9 @@ class Job:
         console = Console(quiet=not is_main, markup=False, highlight=False)
         if options.write_teacher_predictions:
             resumed = self.checkpoints.paths() and Path(options.teacher_predictions).exists()
-            if is_main and not resumed:
-                self._write_predictions()
-            self.accelerator.wait_for_everyone()
+            with self._others_waiting():
+                if is_main and not resumed:
+                    self._write_predictions()
             self.distiller = self._distiller()
         rows = self._first_rows()
         step = self.distiller.resume(self.checkpoints) if self.checkpoints.paths() else 0
@@ -110,11 +111,14 @@ class Job:
         history = self._train(console, step)
         if len(history.skipped) == self.steps:
             raise TrainingError(f"none of the {self.steps} steps had a finite gradient")
-        student = self._model()
+        student, path = _inner(self.parts.student)
+        state = self.distiller.student_state()
+        state = {name.removeprefix(path): x for name, x in state.items()}
         rows.append({**self._row("student", self.parts.student), "targets": self._targets()})
         if not is_main:
             return None
-        for kept in (student, *self.parts.kept):
+        student.save_pretrained(self.out / "student", state_dict=state)
+        for kept in self.parts.kept:
             kept.save_pretrained(self.out / "student")
         results = self._results(rows, history, time.perf_counter() - started)
         with atomic(self.out / "results.json") as file:
@@ -122,6 +126,40 @@ class Job:
         _print(console, rows)
         console.print(f"The student and results.json: {self.out}", soft_wrap=True)
         return results
+
+    def _place(self, teacher):
+        options, device = self.options, self.accelerator.device
+        if options.shard_teacher:
+            if self.accelerator.num_processes == 1:
+                raise ValueError("shard_teacher goes with several processes")
+            models.shard(teacher)
+            return
+        if not options.teacher_device:
+            teacher.to(device)
+            return
+        devices = options.teacher_device.split(",")
+        try:
+            own = torch.device(devices[self.accelerator.local_process_index % len(devices)])
+            if own.type != device.type:
+                raise ValueError(
+                    f"teacher_device must be of the student's kind, {device.type}, got {own.type}"
+                )
+            teacher.to(own)
+        except (RuntimeError, AssertionError) as error:
+            text = str(error).splitlines()[0]
+            raise ValueError(f"teacher_device must be a device: {text}") from error
+
+    @contextlib.contextmanager
+    def _others_waiting(self):
+        """What is done here is waited for, longer than `timeout`, unless the process dies."""
+        if self.accelerator.num_processes == 1:
+            yield
+            return
+        import torch.distributed as dist
+
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        yield
+        dist.barrier(group)
 
     def _check_resumable(self):
         path = self.out / "config.yaml"
@@ -144,6 +182,8 @@ class Job:
         file, write = options.teacher_predictions, options.write_teacher_predictions
         if write and not (file and options.teacher):
             raise ValueError("write_teacher_predictions needs a teacher and teacher_predictions")
+        if write and options.shard_teacher:
+            raise ValueError("write_teacher_predictions must not be given with shard_teacher")
         if options.teacher_cache and file:
             raise ValueError("teacher_cache and teacher_predictions must not both be given")
         if options.tail and not options.teacher_cache:
@@ -194,9 +234,11 @@ class Job:
     def _try(self, teacher):
         """The loss of an example: predictions of other shapes or classes, or a loss that they have
         no answer for, are found before the first step."""
-        student = self.parts.student.to(self.accelerator.device)
+        # One that is going to be sharded need not fit on a device.
+        device = "cpu" if self.options.shard_student else self.accelerator.device
+        student = self.parts.student.to(device)
         batch = next(batches.of(self.parts.train, None, 0).batches(iter([torch.arange(1)])))
-        batch = batch.to(self.accelerator.device)
+        batch = batch.to(device)
         with inference(student), self.accelerator.autocast():
             prediction = predict_with(student, batch.inputs)
             target = prediction
@@ -275,10 +317,6 @@ class Job:
             shown = _Shown(lambda text: bar.update(task, description=text), unit)
             yield functools.partial(bar.advance, task), shown
 
-    def _model(self):
-        """The `transformers` or PEFT model behind the student."""
-        return _inner(self.parts.student)[0]
-
     def _validate(self, model, teacher=None):
         return validate(
             model,
@@ -347,24 +385,38 @@ class Job:
         }
 
 
-def _accelerator(options):
-    """-> `accelerate.Accelerator`, of processes that have all of the model each"""
+def _accelerator(options, student):
+    """-> `accelerate.Accelerator`, of processes that have all of the student each, or a part"""
     import accelerate
 
-    handlers = []
-    if options.write_teacher_predictions:  # by one process, while the others wait
-        handlers.append(accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)))
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    cpu, plugin = not torch.accelerator.is_available(), None
+    if options.shard_student:
+        if cpu or processes == 1:
+            raise ValueError("shard_student goes with several processes, a GPU for each")
+        plugin = _fsdp(student)
+    timeout = datetime.timedelta(minutes=options.timeout)
     found = accelerate.Accelerator(
-        mixed_precision=options.mixed_precision, kwargs_handlers=handlers
+        cpu=cpu,
+        mixed_precision=options.mixed_precision,
+        fsdp_plugin=plugin,
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timeout)],
     )
     engine.check_whole(found)
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
     if processes != found.num_processes:
-        raise RuntimeError(
-            f"WORLD_SIZE is {processes}, but accelerate has {found.num_processes}: without a GPU "
-            "it takes `accelerate launch --cpu`, or each process trains alone"
-        )
+        raise RuntimeError(f"WORLD_SIZE is {processes}, but accelerate has {found.num_processes}")
     return found
+
+
+def _fsdp(student):
+    """FSDP2 that gathers a layer at a time."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    layers = sorted({type(each).__name__ for each in models.layers_of(student)})
+    policy = "transformer_based_wrap" if layers else "no_wrap"
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy=policy, transformer_cls_names_to_wrap=layers
+    )
 
 
 def _inner(model):

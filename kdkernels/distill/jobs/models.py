@@ -172,6 +172,22 @@ def without_logits(name, model, notes):
         return model
 
 
+def layers_of(model):
+    """A model's layers, of the classes that `transformers` says are not to be split."""
+    names = {x for each in model.modules() for x in getattr(each, "_no_split_modules", None) or ()}
+    return [each for each in model.modules() if type(each).__name__ in names]
+
+
+def shard(model):
+    """A model's weights over all processes, by FSDP2: its layers, which are gathered one at a time,
+    and what is left of it, which is gathered once."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in layers_of(model):
+        fully_shard(layer)
+    fully_shard(model, reshard_after_forward=False)
+
+
 def _base(adapter):
     """Of a PEFT adapter's directory."""
     return json.loads((Path(adapter) / ADAPTER).read_text())["base_model_name_or_path"]
