@@ -45,11 +45,12 @@ lint: $(VENV)/lint.stamp
 	find csrc benchmarks/stages \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
 		xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
 
-# What is published, two hours: all suites, teacher caches, how the cost grows, and the pages that
-# quote them.
+# What is published, two hours: all suites, teacher caches, sharded vocabularies, how the cost grows,
+# and the pages that quote them.
 bench: $(VENV)/kdkernels.stamp $(VENV)/peers.stamp
 	$(BENCH) --out $(OUT)
 	$(BENCH) cache --out $(OUT)
+	$(BENCH) shards --out $(OUT)
 	$(BENCH) dense linear sparse --scale rows --out $(OUT)
 	$(BENCH) dense linear sparse --scale vocab --out $(OUT)
 	$(BENCH) sparse --scale k --out $(OUT)
@@ -59,7 +60,7 @@ bench: $(VENV)/kdkernels.stamp $(VENV)/peers.stamp
 # The tables of README.md and docs/ are those of the result files, word for word.
 pages: $(VENV)/kdkernels.stamp
 	$(VENV)/bin/python -m benchmarks.model
-	$(BENCH) --include README.md docs/performance.md
+	$(BENCH) --include README.md docs/performance.md docs/scaling.md
 
 # Other libraries, next to the environment and not in it.
 $(VENV)/peers.stamp: $(VENV)/bin/python benchmarks/peers/requirements.txt

@@ -17,6 +17,7 @@ from .cache import command as cache
 from .case import DTYPES
 from .devices import DEVICES
 from .peers.base import Missing
+from .shards import command as shards
 from .suites import PUBLISHED, SUITES
 
 ROUNDS = 5
@@ -36,7 +37,7 @@ def parser():
         epilog="Exit status: 0; 1 if kdkernels is wrong somewhere; 2 for a wrong argument, or "
         "--device cuda without a GPU. benchmarks/README.md says how to read the tables. "
         "`bench stages --help`: the parts of a kernel, one by one. `bench cache --help`: a teacher "
-        "on disk.",
+        "on disk. `bench shards --help`: a vocabulary on many devices.",
     )
     add = found.add_argument
     add("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
@@ -112,6 +113,8 @@ def main(argv=None):
         return stages(argv[1:])
     if argv[:1] == ["cache"]:
         return cache.main(argv[1:])
+    if argv[:1] == ["shards"]:
+        return shards.main(argv[1:])
     command = parser()
     settings = command.parse_args(argv)
     try:
@@ -135,8 +138,9 @@ def update(pages):
     """The pages of all result files, and then what other pages include of them."""
     for path in sorted(results.FOLDER.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
-        of_cache = document["suite"].startswith("cache-")
-        (cache.publish if of_cache else publish)(results.FOLDER, path.stem, document)
+        suite = document["suite"].partition("-")[0]
+        write = {"cache": cache.publish, "shards": shards.publish}.get(suite, publish)
+        write(results.FOLDER, path.stem, document)
     for page in pages:
         text = results.include(page)
         with open(page, "w", encoding="utf-8") as file:
@@ -153,7 +157,7 @@ def planned(settings):
     unknown = [name for name in settings.suites if name not in SUITES]
     if unknown:
         raise ValueError(
-            f"unknown suite {unknown[0]}: expected {', '.join(SUITES)}, stages or cache"
+            f"unknown suite {unknown[0]}: expected {', '.join(SUITES)}, stages, cache or shards"
         )
     threads = max(settings.threads or [torch.get_num_threads()])
     plan = {}

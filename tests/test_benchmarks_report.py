@@ -266,7 +266,7 @@ def test_pages_include_files_word_for_word(bench, tmp_path):
         bench.results.include(page, tmp_path)
 
 
-@pytest.mark.parametrize("page", ("README.md", "docs/performance.md"))
+@pytest.mark.parametrize("page", ("README.md", "docs/performance.md", "docs/scaling.md"))
 def test_published_tables_are_those_of_the_result_files(bench, page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "<!-- from benchmarks/results/" in text
@@ -316,7 +316,7 @@ def test_listing(bench, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["dens"], "unknown suite dens: expected dense, linear, sparse, loop, stages or cache"),
+        (["dens"], "unknown suite dens: expected dense, linear, sparse, loop, stages, cache or "),
         (["dense", "--variants", "nobody"], "--variants nobody: expected some of compiled"),
         (["dense", "--dtypes", "int8"], "invalid choice: 'int8'"),
         (["dense", "--rows", "0"], "0: expected at least 1"),
