@@ -407,12 +407,12 @@ def settle_mean(labels, weights, num_items, rows, ignore_index):
     return weights.masked_fill(num_items == 0, 0), num_items
 
 
-def reduced(losses, num_items, reduction):
-    """losses (L) or (B, L) -> () float32."""
+def reduced(losses, num_items, reduction, dtype=torch.float32):
+    """losses (L) or (B, L) -> () of a dtype."""
     total = losses.sum(dtype=torch.float64)
     if reduction == "mean":
         total = torch.where(num_items == 0, 0.0, total / num_items)
-    return total.float()
+    return total.to(dtype)
 
 
 def row_factors(labels, weights, upstream, ignore_index):

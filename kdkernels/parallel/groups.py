@@ -62,11 +62,14 @@ def sample(x):
     if not x.numel():
         return torch.zeros(shape, dtype=torch.float64, device=x.device)
     lead, width = x.shape[:-1], x.shape[-1]
-    rows = torch.arange(SAMPLE_ROWS, device=x.device) * lead.numel() // SAMPLE_ROWS
+    rows = torch.arange(SAMPLE_ROWS, device=x.device)[:, None] * lead.numel() // SAMPLE_ROWS
     columns = torch.arange(SAMPLE_COLUMNS, device=x.device) * width // SAMPLE_COLUMNS
-    # Without a copy of the whole, whatever its strides.
-    index = torch.unravel_index(rows[:, None], lead)
-    return x.detach()[(*index, columns)].double()
+    # Without a copy of the whole, whatever its strides; torch.unravel_index would wait for a GPU.
+    index = [columns]
+    for size in reversed(lead):
+        index.insert(0, rows % size)
+        rows = rows // size
+    return x.detach()[tuple(index)].double()
 
 
 def waits_for(device):

@@ -233,7 +233,4 @@ def _reduced(losses, rows, num_items, objective):
     """losses (…) float64, rows (3, …) -> the loss."""
     if objective.reduction == "none":
         return rows[0].clone()
-    total = losses.sum()
-    if objective.reduction == "mean":
-        total = torch.where(num_items == 0, 0.0, total / num_items)
-    return total.to(rows.dtype)
+    return chunked.reduced(losses, num_items, objective.reduction, rows.dtype)

@@ -294,6 +294,28 @@ def test_a_compiled_call_says_that_it_cannot(monkeypatch):
         over_ranks(2, lambda group: kd_loss(student, teacher, labels, group=group))
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_the_first_two_calls_alone_make_tensors_of_numbers(monkeypatch, divergence):
+    """On a GPU each is a copy that the host waits for, and that no CUDA graph can hold."""
+    student, teacher, labels = (x.view(2, 3, -1).squeeze(-1) for x in problem(6, 40))
+    weight, hidden = torch.randn(40, 4), torch.randn(2, 3, 4)
+    make, made = torch.tensor, []
+
+    def on_rank(group):
+        s, t = halves(student, teacher, rank=group.rank)
+        head = LinearHead(hidden, weight[20 * group.rank :][:20])
+        for _ in range(3):
+            made.clear()
+            for prediction in (s, head):
+                kd_loss(prediction, t, labels, group=group, divergence=divergence)
+        return list(made)
+
+    monkeypatch.setattr(torch, "tensor", lambda *x, **more: made.append(x) or make(*x, **more))
+    monkeypatch.setattr(groups, "waits_for", lambda device: False)
+    groups.constants.cache_clear()
+    assert over_ranks(2, on_rank)[1] == []
+
+
 def test_on_other_devices_only_the_first_call_looks(monkeypatch):
     """There what the ranks do not agree on any more makes the row NaN, without waiting."""
     student, teacher, labels = problem(5, 40)
