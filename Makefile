@@ -9,7 +9,7 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-BENCH := PYTHONPATH=$(VENV)/peers $(VENV)/bin/python -m kdkernels bench
+BENCH := $(VENV)/bin/python -m kdkernels bench
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 VERSIONS := oldest newest
 oldest := torch==2.11.0 triton==3.6.0 numpy==2.3.5
@@ -20,7 +20,7 @@ SOURCES := $(shell find csrc -type f)
 demo: $(VENV)/kdkernels.stamp
 	$(VENV)/bin/python -m kdkernels distill --preset digits
 
-test: $(VENV)/kdkernels.stamp
+test: $(VENV)/kdkernels.stamp $(VENV)/peers.stamp
 	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 # The same with the oldest and the newest torch and Triton it is meant for, as PyPI has them: 10 GB.
@@ -62,12 +62,6 @@ pages: $(VENV)/kdkernels.stamp
 	$(VENV)/bin/python -m benchmarks.model
 	$(BENCH) --include README.md docs/performance.md docs/scaling.md
 
-# Other libraries, next to the environment and not in it.
-$(VENV)/peers.stamp: $(VENV)/bin/python benchmarks/peers/requirements.txt
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-		--target $(VENV)/peers --no-deps -r benchmarks/peers/requirements.txt
-	@touch $@
-
 # What the CUDA kernels' machine code executes for an element; no GPU needed, a minute or two.
 kernel-report: $(VENV)/kdkernels.stamp
 	$(VENV)/bin/python -m benchmarks.kernel_report
@@ -103,8 +97,12 @@ $(VERSIONS:%=$(VENV)-%/tools.stamp): $(VENV)-%/tools.stamp: Makefile constraints
 	@touch $@
 
 $(VENV)/kdkernels.stamp: $(VENV)/tools.stamp $(BUILD) $(SOURCES)
-	$(PIP) --no-build-isolation -e '.[train,bench,test]'
+	$(PIP) --no-build-isolation -e '.[train,bench,test,docs]'
 	@$(VENV)/bin/python -m kdkernels.info | grep -A 40 '^native'
+	@touch $@
+
+$(VENV)/peers.stamp: peers.txt | $(VENV)/kdkernels.stamp
+	$(PIP) --no-deps -r peers.txt
 	@touch $@
 
 $(VENV)/lint.stamp: $(VENV)/bin/python constraints.txt
