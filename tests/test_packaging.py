@@ -4,7 +4,9 @@ Every build starts from the unpacked sdist, so a file missing there fails all of
 a torch that cannot be imported, so a setup.py that needs one fails all of them too.
 """
 
+import email
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,7 +27,6 @@ NOT_SOURCES = shutil.ignore_patterns(
     ".venv*",
     "build",
     "dist",
-    "results",
     "*.egg-info",
     "__pycache__",
     "_C.*",
@@ -152,6 +153,14 @@ def test_sdist_is_complete(source):
         assert (source / name).is_file(), name
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout of git")
+def test_every_file_in_git_is_in_the_sdist(source):
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = [name for name in git.stdout.splitlines() if (ROOT / name).exists()]
+    assert "setup.py" in tracked
+    assert [name for name in tracked if not (source / name).is_file()] == []
+
+
 def test_native_wheel(native):
     site, name = native
     if not list((site / "kdkernels").glob("_C.*")):
@@ -176,6 +185,35 @@ def test_wheel_content(native):
     module = {p for p in shipped if p.startswith("_C.")}
     assert shipped == python_files | data | module
     assert len(module) <= 1
+
+
+def test_metadata(native):
+    site, _ = native
+    (path,) = site.glob("*.dist-info/METADATA")
+    found = email.message_from_string(path.read_text())
+    assert found["Name"] == "kdkernels"
+    assert found["Version"] == kdkernels.__version__
+    assert 20 < len(found["Summary"]) < 100
+    assert found["License-Expression"] == "Apache-2.0"
+    assert found["License-File"] == "LICENSE"
+    assert found["Requires-Python"] == ">=3.10"
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert found.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert "Typing :: Typed" in found.get_all("Classifier")
+    assert found["Keywords"]
+    needed = [x for x in found.get_all("Requires-Dist") if "extra ==" not in x]
+    assert sorted(needed) == ["numpy", "torch>=2.9"]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="auditwheel is for Linux")
+def test_native_wheel_needs_nothing_that_a_linux_lacks(native):
+    pytest.importorskip("auditwheel")
+    site, name = native
+    if not list((site / "kdkernels").glob("_C.*")):
+        pytest.skip("nothing was compiled here")
+    result = python("-m", "auditwheel", "show", site.parent / name, cwd=site)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r'platform tag:\s+"manylinux_2_\d+_', result.stdout), result.stdout
 
 
 def test_pure_wheel(build, native):

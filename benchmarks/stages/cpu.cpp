@@ -11,6 +11,7 @@
 #include "call.h"
 #include "cpu/dispatch.cpp"
 #include "cpu/kernels.cpp"
+#include "cpu/threads.cpp"
 
 namespace kdk {
 namespace baseline {

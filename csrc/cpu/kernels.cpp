@@ -1,7 +1,10 @@
 // The row operators on a CPU: which rows count, what they are told, and the sum over them. The rows
 // themselves are in dense.h and kept.h, those of shards in shard.h and kept_shard.h.
+#include <atomic>
+
 #include "cpu/cpu.h"
 #include "cpu/kept_shard.h"
+#include "cpu/threads.h"
 
 namespace kdk {
 namespace KDK_ISA {
@@ -226,10 +229,17 @@ double mean_denominator(const DistillArgs& args) {
 // time.
 template <typename Body>
 void for_each_row(std::int64_t rows, std::int64_t columns, int threads, const Body& body) {
-#pragma omp parallel for schedule(dynamic) \
-    num_threads(threads) if (threads > 1 && rows * columns >= kParallelElements)
-  for (std::int64_t row = 0; row < rows; ++row) body(row);
+  std::atomic<std::int64_t> next{0};
+  auto task = [&] {
+    for (std::int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows;) body(row);
+  };
+  if (threads > 1 && rows * columns >= kParallelElements) {
+    run_in_threads(threads, [](void* task_) { (*static_cast<decltype(task)*>(task_))(); }, &task);
+  } else {
+    task();
+  }
 }
+
 }  // namespace
 
 void distill_rows(const DistillArgs& args, int threads) {
