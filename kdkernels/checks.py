@@ -3,8 +3,9 @@
 import sys
 
 import torch
+from torch import Tensor
 
-from .sources import tensors_of
+from .sources import Prediction, tensors_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -12,7 +13,7 @@ REALS = FLOATS + INTEGERS
 LABELS = (torch.int64, torch.int32)
 
 
-def positive_int(name, value):
+def positive_int(name: str, value: object) -> None:
     """What can be said of an optional count without tensors."""
     if value is None:
         return
@@ -22,7 +23,13 @@ def positive_int(name, value):
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def row_tensor(name, x, shape, device, dtypes):
+def row_tensor(
+    name: str,
+    x: Tensor | None,
+    shape: torch.Size,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
     """Check a tensor that holds one value for every row, or None."""
     if x is None:
         return
@@ -41,7 +48,7 @@ def row_tensor(name, x, shape, device, dtypes):
         raise ValueError(f"{name} requires grad, but gets no gradient; pass {name}.detach()")
 
 
-def num_items(num_items, reduction):
+def num_items(num_items: float | Tensor | None, reduction: str) -> None:
     if num_items is None:
         return
     if reduction != "mean":
@@ -57,7 +64,7 @@ def num_items(num_items, reduction):
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")
 
 
-def overwritable(student, teacher):
+def overwritable(student: Tensor, teacher: Prediction) -> None:
     """In place means in the caller's own memory: logits that would be copied first are refused.
 
     So are rows that share memory with each other, or with another row of the teacher's.
@@ -96,7 +103,7 @@ def overwritable(student, teacher):
         )
 
 
-def _overwritten(x, student):
+def _overwritten(x: Tensor, student: Tensor) -> bool:
     """Whether a tensor of the teacher changes before it is read."""
     if x.shape[:-1] != student.shape[:-1] or x.dim() < 2 or not x.is_floating_point():
         return bool(x.numel()) and _same_storage(x, student)
@@ -104,11 +111,12 @@ def _overwritten(x, student):
     return layouts[0] != layouts[1] and _overlap(student, x)
 
 
-def _same_storage(a, b):
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    address = a.untyped_storage().data_ptr()  # 0: no memory, as of meta tensors
+    return address != 0 and address == b.untyped_storage().data_ptr()
 
 
-def _row_addresses(x):
+def _row_addresses(x: Tensor) -> Tensor:
     """Where the rows of x (..., V) begin, in bytes, ascending: int64, on the CPU."""
     starts = torch.tensor(x.data_ptr(), device="cpu")
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
@@ -117,7 +125,7 @@ def _row_addresses(x):
     return starts.flatten().sort().values
 
 
-def _overlap(a, b):
+def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors (..., V) of unit vocabulary stride have a byte in common."""
     if not a.numel() or not b.numel():
         return False
@@ -131,13 +139,13 @@ def _overlap(a, b):
     return bool((before_end > ended).any())
 
 
-def shape_of(x):
+def shape_of(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def kind_of(x):
+def kind_of(x: Tensor) -> str:
     return f"{x.dtype}" if x.layout == torch.strided else f"{x.layout}"
 
 
-def names_of(dtypes):
+def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -6,16 +6,22 @@ logits. The gradient takes four matrix products in all, one each for the student
 teacher's, and the gradients of hidden states and weight.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import ops, pages
 from .backends import eager
 from .kept import Kept
-from .sources import Ensemble, LinearHead
+from .objective import Objective
+from .sources import Dense, Ensemble, LinearHead
 
 # The rule for rows that exist at a time: as many times ROWS as fit these bytes, which are whole
 # tiles of a product. Each product reads all of the weight, which has to be rare: from LEAST_ROWS
@@ -33,7 +39,7 @@ BLOCK = 1024  # rows of a weight or of its gradient at a time, where they have t
 FIRST_ROWS = 64  # of a gradient that is rounded in place
 
 
-def in_chunks(teacher):
+def in_chunks(teacher: Any) -> bool:
     """Whether its logits come a chunk of rows at a time."""
     return isinstance(teacher, (LinearHead, Ensemble))
 
@@ -41,13 +47,13 @@ def in_chunks(teacher):
 class Step(NamedTuple):
     """Consecutive rows, as many as there are logits of the teacher at a time."""
 
-    index: tuple  # of the leading dimensions
-    shape: tuple  # what these become
+    index: Any  # of the leading dimensions: slices
+    shape: tuple[int, ...]  # what these become
     begin: int  # the same of the flattened rows
     end: int
 
 
-def chunk_rows(head, columns):
+def chunk_rows(head: LinearHead, columns: int) -> int:
     """Rows of a student's logits that exist at a time."""
     if head.chunk_rows is not None:
         return head.chunk_rows
@@ -56,7 +62,7 @@ def chunk_rows(head, columns):
     return _rows(budget, row_bytes, head.hidden.shape[:-1].numel())
 
 
-def step_rows(student, teacher, columns):
+def step_rows(student: Dense, teacher: Any, columns: int) -> int:
     """Rows of a teacher's logits that exist at a time, all of an ensemble's together."""
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
     heads = [x for x in members if isinstance(x, LinearHead)]
@@ -70,13 +76,13 @@ def step_rows(student, teacher, columns):
     return _rows(budget, row_bytes, rows.shape[:-1].numel() if heads else 0)
 
 
-def _rows(budget, row_bytes, count):
+def _rows(budget: int, row_bytes: int, count: int) -> int:
     """count: all rows of the products, 0 where there is none."""
     least = min(LEAST_ROWS, count // 4 // ROWS * ROWS)
     return max(budget // (ROWS * max(row_bytes, 1)) * ROWS, least, ROWS)
 
 
-def steps(shape, rows):
+def steps(shape: Sequence[int], rows: int) -> Iterator[Step]:
     """Cuts leading dimensions (L) or (B, L) into steps of up to `rows` rows."""
     *batch, length = shape
     if not batch:
@@ -97,9 +103,9 @@ def steps(shape, rows):
                 yield Step(index, shape, b * length + begin, b * length + end)
 
 
-def chunks(shape, rows, rows_of_step):
+def chunks(shape: Sequence[int], rows: int, rows_of_step: int) -> Iterator[list[Step]]:
     """Steps of up to `rows_of_step` <= `rows` rows, in lists of up to `rows` rows."""
-    chunk = []
+    chunk: list[Step] = []
     for step in steps(shape, rows_of_step):
         if chunk and step.end - chunk[0].begin > rows:
             yield chunk
@@ -109,12 +115,12 @@ def chunks(shape, rows, rows_of_step):
         yield chunk
 
 
-def with_heads(objective, student, teacher):
+def with_heads(objective: Objective, student: Any, teacher: Any) -> Objective:
     """The objective of row operators that read the projections of heads."""
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, LinearHead):
-            scale, cap = f"{name}_scale", f"{name}_cap"
-            objective = replace(objective, **{scale: x.logit_scale, cap: x.softcap or 0.0})
+            cap: Any = {f"{name}_scale": x.logit_scale, f"{name}_cap": x.softcap or 0.0}
+            objective = replace(objective, **cap)
     return objective
 
 
@@ -125,7 +131,7 @@ def with_heads(objective, student, teacher):
 CPU_HAS_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 
-def _converts(x):
+def _converts(x: Tensor) -> bool:
     """Whether halves are made floats before a product: they have to be for what float16 cannot
     hold, the sums of a gradient, and on most CPUs it is faster."""
     if x.device.type != "cpu":
@@ -133,12 +139,12 @@ def _converts(x):
     return x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not CPU_HAS_BFLOAT16)
 
 
-def _widens(device):
+def _widens(device: torch.device) -> bool:
     """Whether a product of halves can be had in the float32 it is added up in."""
     return device.type == "cuda" and not torch.version.hip
 
 
-def logits_dtype(hidden):
+def logits_dtype(hidden: Tensor) -> torch.dtype:
     """What a head's logits come in."""
     wide = hidden.dtype == torch.float16 or _converts(hidden)
     return torch.float32 if wide else hidden.dtype
@@ -147,7 +153,7 @@ def logits_dtype(hidden):
 class Projection:
     """The products of a head, a chunk of rows at a time."""
 
-    def __init__(self, head, columns, rows, buffers=1):
+    def __init__(self, head: LinearHead, columns: int, rows: int, buffers: int = 1) -> None:
         self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])  # (N, H)
         self.weight = head.weight[:columns]  # (V, H)
         self.bias = None if head.bias is None else head.bias[:columns]
@@ -164,7 +170,7 @@ class Projection:
             for _ in range(buffers)
         ]
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(columns, rows of the weight for a product), one after the other."""
         if self.block is None:
             yield slice(None), self.weight
@@ -173,7 +179,7 @@ class Projection:
             part = self.weight[begin : begin + BLOCK]
             yield slice(begin, begin + len(part)), self.block[: len(part)].copy_(part)
 
-    def logits(self, begin, end):
+    def logits(self, begin: int, end: int) -> Tensor:
         """(n, V) of these rows, before scale and cap, in a buffer that others take over in turn."""
         self.buffers.append(self.buffers.pop(0))
         logits = self.buffers[-1][: end - begin]
@@ -189,7 +195,7 @@ class Projection:
                 torch.addmm(self.bias[columns], hidden, weight.T, out=out)
         return logits
 
-    def of_gradient(self, grad, out):
+    def of_gradient(self, grad: Tensor, out: Tensor) -> None:
         """out (n, H) = grad (n, V) · weight."""
         if not len(self.weight):
             out.zero_()
@@ -204,20 +210,20 @@ class WeightGradient:
     again; they become the gradient there a block of rows at a time.
     """
 
-    def __init__(self, gradient, rest, columns):
+    def __init__(self, gradient: Tensor, rest: Tensor | None, columns: int) -> None:
         self.gradient = gradient  # (V_s, H)
         self.rest = rest  # (V − V / 2, H) float32, or None: the sums are the gradient
         self.columns = columns
 
     @classmethod
-    def empty(cls, weight, columns, dtype):
+    def empty(cls, weight: Tensor, columns: int, dtype: torch.dtype) -> WeightGradient:
         rest = None
         if dtype != weight.dtype:
             shape = columns - columns // 2, weight.shape[1]
             rest = pages.advise_huge(weight.new_empty(shape, dtype=dtype))
         return cls(pages.advise_huge(weight.new_empty(weight.shape)), rest, columns)
 
-    def sums(self):
+    def sums(self) -> list[Tensor]:
         """Blocks of rows of the sums, in order."""
         if self.rest is None:
             return [self.gradient[: self.columns]]
@@ -225,14 +231,14 @@ class WeightGradient:
         within = self.gradient.view(-1)[: 2 * rows * width].view(self.rest.dtype)
         return [within.view(rows, width), self.rest]
 
-    def add(self, a, b, factor, first):
+    def add(self, a: Tensor, b: Tensor, factor: float, first: bool) -> None:
         """sums += factor · a b, or the `first` time, =: a (V, n), b (n, H)."""
         begin = 0
         for sums in self.sums():
             add_product(sums, a[begin : begin + len(sums)], b, factor, first)
             begin += len(sums)
 
-    def times(self, factor, inplace):
+    def times(self, factor: Tensor, inplace: bool) -> Tensor:
         """The gradient, times a factor (); in place nothing is left of the sums."""
         gradient = self.gradient if inplace else torch.empty_like(self.gradient)
         *within, rest = self.sums()
@@ -253,29 +259,34 @@ class WeightGradient:
 class HeadGradients(NamedTuple):
     """∂/∂ hidden, weight, bias of Σ rows, added up over chunks: what is not wanted is None."""
 
-    hidden: torch.Tensor | None  # (N, H) float32 or float64
-    weight: torch.Tensor | None  # (V_s, H) and
-    rest: torch.Tensor | None  # its rest: see WeightGradient
-    bias: torch.Tensor | None  # (V) float32 or float64
+    hidden: Tensor | None  # (N, H) float32 or float64
+    weight: Tensor | None  # (V_s, H) and
+    rest: Tensor | None  # its rest: see WeightGradient
+    bias: Tensor | None  # (V) float32 or float64
 
     @classmethod
-    def empty(cls, head, columns, wanted, chunk_count):
+    def empty(
+        cls, head: LinearHead, columns: int, wanted: Sequence[bool], chunk_count: int
+    ) -> HeadGradients:
         """To be added to from the first rows on, which don't read what is there."""
         hidden, weight, bias = wanted
         wide = torch.promote_types(head.hidden.dtype, torch.float32)
         dtype = head.grad_dtype or wide
-        if chunk_count <= 1 and logits_dtype(head.hidden) == head.weight.dtype:
-            dtype = head.weight.dtype  # there is nothing to add
-        shape = head.hidden.shape[:-1].numel(), head.hidden.shape[-1]
+        if head.grad_dtype is None and chunk_count <= 1:
+            if logits_dtype(head.hidden) == head.weight.dtype:
+                dtype = head.weight.dtype  # there is nothing to add
+        shape = math.prod(head.hidden.shape[:-1]), head.hidden.shape[-1]  # of any number in a graph
         of_weight = WeightGradient.empty(head.weight, columns, dtype) if weight else None
         return cls(
             head.hidden.new_empty(shape, dtype=wide) if hidden else None,
-            of_weight and of_weight.gradient,
-            of_weight and of_weight.rest,
+            None if of_weight is None else of_weight.gradient,
+            None if of_weight is None else of_weight.rest,
             head.hidden.new_zeros(columns, dtype=wide) if bias else None,
         )
 
-    def add(self, projection, begin, end, grad, counts):
+    def add(
+        self, projection: Projection, begin: int, end: int, grad: Tensor, counts: Tensor | None
+    ) -> None:
         """grad (n, V) by these rows' logits; counts (n): rows that have one, or None for all."""
         if self.bias is not None:
             self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
@@ -295,13 +306,15 @@ class HeadGradients(NamedTuple):
             of_weight = WeightGradient(self.weight, self.rest, grad.shape[-1])
             of_weight.add(grad.T, hidden, factor, first=begin == 0)
 
-    def zero(self):
+    def zero(self) -> None:
         """Those of no rows."""
         for x in self:
             if x is not None:
                 x.zero_()
 
-    def times(self, factor, counts, columns, like, inplace):
+    def times(
+        self, factor: Tensor, counts: Tensor | None, columns: int, like: Any, inplace: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of hidden (L, H) or (B, L, H), weight (V_s, H) and bias (V_s), times a factor ().
 
         counts: bool (L) or (B, L), or None: the rows that have a gradient; the others' is 0
@@ -323,7 +336,7 @@ class HeadGradients(NamedTuple):
         return hidden, weight, bias
 
 
-def add_product(total, a, b, factor, first):
+def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, first: bool) -> None:
     """total += factor · a b, or the `first` time, =, in the dtype of `total`."""
     beta = 0 if first else 1
     if a.dtype == total.dtype:
@@ -338,7 +351,7 @@ def add_product(total, a, b, factor, first):
             block.copy_(part) if first else block.add_(part)
 
 
-def scale_into(out, x, factor):
+def scale_into(out: Tensor, x: Tensor, factor: Tensor) -> None:
     """out = x · factor. Where that is rounded, a CPU makes a copy of all it is given at a time."""
     rows = BLOCK if x.device.type == "cpu" else max(len(x), 1)
     for begin in range(0, len(x), rows):
@@ -351,13 +364,13 @@ def scale_into(out, x, factor):
 class Teacher:
     """What the row operators take of a teacher, a step at a time."""
 
-    def __init__(self, teacher, objective, rows, buffers=1):
+    def __init__(self, teacher: Any, objective: Objective, rows: int, buffers: int = 1) -> None:
         self.teacher, self.objective = teacher, objective
         self.projection = None
         if isinstance(teacher, LinearHead):
             self.projection = Projection(teacher, objective.vocab_size, rows, buffers)
 
-    def rows(self, step):
+    def rows(self, step: Step) -> Any:
         if self.teacher is None:
             return None
         if self.projection is not None:
@@ -370,12 +383,12 @@ class Teacher:
         # Logits whose softmax at T is the mean.
         return self.log_mean(ensemble).mul_(self.objective.temperature)
 
-    def log_mean(self, ensemble):
+    def log_mean(self, ensemble: Ensemble) -> Tensor:
         """log p (…, V) of an ensemble's mean."""
         return eager.log_probabilities(ensemble, None, self.objective, torch.float32)
 
 
-def _take(source, index):
+def _take(source: Any, index: Any) -> Any:
     if isinstance(source, torch.Tensor):
         return source[index]
     if isinstance(source, Kept):
@@ -386,7 +399,7 @@ def _take(source, index):
 # ---- The loops ----------------------------------------------------------------------------------
 
 
-def counting(labels, weights, ignore_index):
+def counting(labels: Tensor | None, weights: Tensor | None, ignore_index: int) -> Tensor | None:
     """Which rows have a share in the loss: bool (L) or (B, L), or None for all."""
     counts = None if labels is None else labels != ignore_index
     if weights is None:
@@ -394,7 +407,13 @@ def counting(labels, weights, ignore_index):
     return weights != 0 if counts is None else counts & (weights != 0)
 
 
-def settle_mean(labels, weights, num_items, rows, ignore_index):
+def settle_mean(
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    rows: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
     """weights and num_items of a mean, neither None, for every chunk alike.
 
     rows: any tensor (L, …) or (B, L, …). Divided by 0, no row counts.
@@ -407,15 +426,19 @@ def settle_mean(labels, weights, num_items, rows, ignore_index):
     return weights.masked_fill(num_items == 0, 0), num_items
 
 
-def reduced(losses, num_items, reduction, dtype=torch.float32):
+def reduced(
+    losses: Tensor, num_items: Tensor | None, reduction: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """losses (L) or (B, L) -> () of a dtype."""
     total = losses.sum(dtype=torch.float64)
-    if reduction == "mean":
+    if reduction == "mean" and num_items is not None:
         total = torch.where(num_items == 0, 0.0, total / num_items)
     return total.to(dtype)
 
 
-def row_factors(labels, weights, upstream, ignore_index):
+def row_factors(
+    labels: Tensor | None, weights: Tensor | None, upstream: Tensor, ignore_index: int
+) -> Tensor:
     """weights · upstream (L) or (B, L), 0 for rows that do not count whatever it is there."""
     counts = counting(labels, weights, ignore_index)
     factors = upstream.float() if weights is None else weights * upstream
@@ -424,20 +447,28 @@ def row_factors(labels, weights, upstream, ignore_index):
 
 
 def distill_rows_(
-    student, teacher, labels, weights, num_items, grad, want_terms, objective, backend
-):
+    student: Tensor,
+    teacher: Any,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    grad: Tensor | None,
+    want_terms: bool,
+    objective: Objective,
+    backend: str,
+) -> ops.Losses:
     """`ops.distill_rows_` for a teacher whose logits come in chunks."""
     shape = student.shape[:-1]
     objective = with_heads(objective, student, teacher)
     loss, unscale, rows = ops.new_losses(student)
     unscale.fill_(1)
     count = step_rows(student, teacher, objective.vocab_size)
-    teacher = Teacher(teacher, objective, count)
+    source = Teacher(teacher, objective, count)
     for step in steps(shape, count):
         index = step.index
         inputs = (
             student[index],
-            teacher.rows(step),
+            source.rows(step),
             None if labels is None else labels[index],
             None if weights is None else weights[index],
             num_items,
@@ -454,14 +485,27 @@ def distill_rows_(
     return reduced(rows[0], num_items, objective.reduction), unscale, rows
 
 
-def head_rows(head, teacher, labels, weights, wanted, want_terms, objective, backend):
+def new_rows(head: LinearHead) -> Tensor:
+    return head.hidden.new_empty((3, *head.hidden.shape[:-1]), dtype=torch.float32)
+
+
+def head_rows(
+    head: LinearHead,
+    teacher: Any,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    wanted: Sequence[bool],
+    want_terms: bool,
+    objective: Objective,
+    backend: str,
+) -> tuple[Tensor, HeadGradients]:
     """Rows (3, L) or (3, B, L), as the row operators', and `HeadGradients` of Σ rows[0].
 
     wanted: of hidden, weight and bias, which gradients.
     """
     shape, columns = head.hidden.shape[:-1], objective.vocab_size
     objective = replace(with_heads(objective, head, teacher), reduction="sum")
-    rows = head.hidden.new_empty((3, *shape), dtype=torch.float32)
+    rows = new_rows(head)
     rows_of_chunk = chunk_rows(head, columns)
     rows_of_step = min(step_rows(head, teacher, columns), rows_of_chunk)
     parts = list(chunks(shape, rows_of_chunk, rows_of_step))

@@ -116,7 +116,7 @@ example:
 """
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Runs a command; argv: the arguments without the program's name -> the exit code.
 
     Raises:
@@ -147,9 +147,10 @@ def main(argv=None):
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        return arguments.run(arguments)
+        code: int = arguments.run(arguments)
     except KeyboardInterrupt:
         return 130
+    return code
 
 
 def _add(commands, name, text, examples, description=None, usage="[options]"):
@@ -345,8 +346,8 @@ def _verify(arguments):
         damages = [error]
     except WRONG as error:
         return _wrong(arguments.command, error)
-    for error in damages:
-        print(error)
+    for damage in damages:
+        print(damage)
     if not damages:
         print(f"{arguments.folder} is whole")
     return 1 if damages else 0

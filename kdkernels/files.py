@@ -4,15 +4,19 @@ import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 PARTIAL = ".partial"
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path: Path | str) -> Iterator[IO[bytes]]:
     """A binary file to write; it becomes `path` at the end, or not at all after an error.
 
     Makes the directory when it is missing. A reader sees the old file or the whole new one, and so
@@ -34,20 +38,20 @@ def atomic(path):
     to_disk(path.parent)
 
 
-def sweep(path):
+def sweep(path: Path | str) -> None:
     """Deletes what processes that were killed while they wrote `path` left of it."""
     path = Path(path)
     for partial in path.parent.glob(f"{path.name}*{PARTIAL}"):
         partial.unlink(missing_ok=True)
 
 
-def check_writable(path):
+def check_writable(path: Path | str) -> None:
     """Raises OSError where `atomic` will, before the work whose result it is to hold."""
     with contextlib.suppress(_Unwritten), atomic(path):
         raise _Unwritten
 
 
-def to_disk(path):
+def to_disk(path: Path | str) -> None:
     """A file or a directory, synchronised.
 
     A rename may reach the disk before what was written, and a power cut come between.
@@ -59,7 +63,7 @@ def to_disk(path):
         os.close(handle)
 
 
-def mapped_array(name, path):
+def mapped_array(name: str, path: Path | str) -> np.memmap[Any, np.dtype[Any]]:
     """The array of a .npy file, mapped; name: what it is called in errors.
 
     Raises:
@@ -69,7 +73,9 @@ def mapped_array(name, path):
     # Mapped, so that a header which claims more than there is allocates nothing; NumPy parses a
     # damaged one with Python's own parser, and passes on whatever that or the dtype's finds.
     try:
-        array = np.lib.format.open_memmap(path, mode="c")  # writable, which torch wants, in private
+        array: np.memmap[Any, np.dtype[Any]] = np.lib.format.open_memmap(
+            path, mode="c"
+        )  # writable, which torch wants, in private
     except OSError:
         raise
     except Exception as error:
@@ -79,7 +85,7 @@ def mapped_array(name, path):
     return array
 
 
-def begin_array(file, dtype, shape):
+def begin_array(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     """Writes the header of a .npy file; its numbers, row by row, come next.
 
     Args:
@@ -91,7 +97,7 @@ def begin_array(file, dtype, shape):
     np.lib.format.write_array_header_2_0(file, header)
 
 
-def _mode(path):
+def _mode(path: Path) -> int:
     """That of the file, or what an ordinary new one has: `mkstemp` makes one for its owner only."""
     with contextlib.suppress(FileNotFoundError):
         return stat.S_IMODE(path.stat().st_mode)

@@ -1,51 +1,117 @@
 """`kd_loss`: checks everything once, chooses the backend, and hands rows to it."""
 
+from __future__ import annotations
+
+import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import autograd, checks, ops
 from .backends import eager, registry
-from .kept import keep
-from .objective import make_objective
-from .parallel import call as parallel
+from .backends.registry import Name as Backend
+from .kept import Kept, keep
+from .objective import Divergence, Objective, Reduction, make_objective
 from .source_checks import check_sources, check_sparse_objective
-from .sources import Ensemble, LinearHead, Sampled, TopK
+from .sources import Dense, Ensemble, LinearHead, Prediction, Sampled, TopK
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `KDLoss` for type checkers, without `return_terms`: see `kd_loss`."""
+
+    divergence: Divergence
+    temperature: float
+    alpha: float
+    beta: float | None
+    t_squared: bool
+    label_smoothing: float
+    ignore_index: int
+    vocab_size: int | None
+    shift: bool
+    reduction: Reduction
+    group: dist.ProcessGroup | None
+    inplace: bool
+    backend: Backend | None
+
+
+class CallOptions(Options, total=False):
+    """Those of `kd_loss`."""
+
+    token_weights: Tensor | None
+    num_items: float | Tensor | None
 
 
 class KDTerms(NamedTuple):
     """What `kd_loss(..., return_terms=True)` returns; all but `loss` are detached."""
 
-    loss: torch.Tensor  # as without return_terms
-    distill: torch.Tensor  # (), unweighted mean over valid rows of T² · D (D where t_squared=False)
-    hard: torch.Tensor  # (), unweighted mean over valid rows of the cross-entropy, 0 without labels
-    num_items: torch.Tensor  # (), int64: the number of valid rows
+    loss: Tensor  # as without return_terms
+    distill: Tensor  # (), unweighted mean over valid rows of T² · D (D where t_squared=False)
+    hard: Tensor  # (), unweighted mean over valid rows of the cross-entropy, 0 without labels
+    num_items: Tensor  # (), int64: the number of valid rows
+
+
+@overload
+def kd_loss(
+    student: Dense,
+    teacher: Prediction,
+    labels: Tensor | None = None,
+    *,
+    return_terms: Literal[False] = False,
+    **options: Unpack[CallOptions],
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    student: Dense,
+    teacher: Prediction,
+    labels: Tensor | None = None,
+    *,
+    return_terms: Literal[True],
+    **options: Unpack[CallOptions],
+) -> KDTerms: ...
+
+
+@overload
+def kd_loss(
+    student: Dense,
+    teacher: Prediction,
+    labels: Tensor | None = None,
+    *,
+    return_terms: bool,
+    **options: Unpack[CallOptions],
+) -> Tensor | KDTerms: ...
 
 
 def kd_loss(
-    student,
-    teacher,
-    labels=None,
+    student: Dense,
+    teacher: Prediction,
+    labels: Tensor | None = None,
     *,
-    divergence="forward_kl",
-    temperature=1.0,
-    alpha=0.5,
-    beta=None,
-    t_squared=True,
-    label_smoothing=0.0,
-    ignore_index=-100,
-    token_weights=None,
-    vocab_size=None,
-    shift=False,
-    reduction="mean",
-    num_items=None,
-    group=None,
-    inplace=False,
-    backend=None,
-    return_terms=False,
-):
+    divergence: Divergence = "forward_kl",
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    beta: float | None = None,
+    t_squared: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    token_weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    shift: bool = False,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    inplace: bool = False,
+    backend: Backend | None = None,
+    return_terms: bool = False,
+) -> Tensor | KDTerms:
     """The knowledge-distillation loss of a student against a teacher and true labels.
 
     With q = softmax(student / T) and p = softmax(teacher / T), a row's loss is
@@ -65,13 +131,14 @@ def kd_loss(
             not read where alpha = 0.
         labels: class ids (...), int64 or int32, or None.
         divergence: D, one of
-            "forward_kl": KL(p‖q) = Σ p (log p − log q);
-            "reverse_kl": KL(q‖p);
-            "jsd": beta KL(p‖m) + (1 − beta) KL(q‖m), m = beta p + (1 − beta) q, at 0 and 1 the
-                forward and reverse KL (Agarwal et al. 2024, GKD, section 3; beta 0.5 by default);
-            "skew_forward_kl": KL(p ‖ beta p + (1 − beta) q), "skew_reverse_kl":
-                KL(q ‖ beta q + (1 − beta) p) (Ko et al. 2024, DistiLLM, section 3.1; beta 0.1);
-            "tvd": ½ Σ |p − q|.
+
+            - "forward_kl": KL(p‖q) = Σ p (log p − log q);
+            - "reverse_kl": KL(q‖p);
+            - "jsd": beta KL(p‖m) + (1 − beta) KL(q‖m), m = beta p + (1 − beta) q, at 0 and 1 the
+              forward and reverse KL (Agarwal et al. 2024, GKD, section 3; beta 0.5 by default);
+            - "skew_forward_kl": KL(p ‖ beta p + (1 − beta) q), "skew_reverse_kl":
+              KL(q ‖ beta q + (1 − beta) p) (Ko et al. 2024, DistiLLM, section 3.1; beta 0.1);
+            - "tvd": ½ Σ |p − q|.
         temperature: T, a number in [2⁻²⁰, 2²⁰].
         alpha: weight of the divergence against the cross-entropy, in [0, 1]. A term of weight 0 is
             not computed.
@@ -100,8 +167,8 @@ def kd_loss(
             ranks make the same calls, and of a head under "none" the same backward passes.
             Logits that are `DTensor`s sharded on the vocabulary need no group.
         inplace: write the gradient over the student's logits, which may not be used afterwards.
-            (Under `torch.compile`, whose graphs own their memory, they are left as they are. A
-            `LinearHead` has none.)
+            (Under `torch.compile`, whose graphs own their memory, `torch.func` and selective
+            checkpoints they are left as they are. A `LinearHead` has none.)
         backend: "native", "triton", "eager", or None: the environment variable `KDKERNELS_BACKEND`,
             read at each call (by `torch.compile`: when it traces), else the fastest usable one.
         return_terms: return `KDTerms(loss, distill, hard, num_items)`.
@@ -120,14 +187,26 @@ def kd_loss(
             NaN and the error follows); ids of `TopK` or `Sampled` outside it that are not −1 (on a
             GPU the row is NaN).
         RuntimeError: a backend asked for that cannot be used; `inplace` on a leaf that requires
-            grad; another rank of `group` that could not go on.
+            grad; another rank of `group` that could not go on; a call that is traced by
+            `torch.jit.trace`, or exported with its gradient on a compiled backend.
+        NotImplementedError: a forward-mode derivative, on a compiled backend.
     """
-    sharding, *local = parallel.opened(student, teacher, labels, token_weights, group, vocab_size)
-    student, teacher, labels, token_weights = local
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        raise RuntimeError(
+            "torch.jit.trace would keep the sizes of its example and no gradient of kd_loss; "
+            "use torch.compile or torch.export"
+        )
+    sharding = None
+    if group is not None or any(map(_holds_dtensor, (student, teacher, labels, token_weights))):
+        from .parallel import call as parallel  # together a fifth of this package's import
+
+        arguments = student, teacher, labels, token_weights, group, vocab_size
+        sharding, student, teacher, labels, token_weights = parallel.opened(*arguments)
     vocab_size = check_sources(student, teacher, vocab_size, sharded=sharding is not None)
     leading = student.hidden if isinstance(student, LinearHead) else student
     shape, device = leading.shape[:-1], leading.device
-    sharding = sharding if shape.numel() else None  # without rows there is nothing to tell
+    if sharding is not None and not shape.numel():
+        sharding = None  # without rows there is nothing to tell
     checks.row_tensor("labels", labels, shape, device, checks.LABELS)
     checks.row_tensor("token_weights", token_weights, shape, device, checks.REALS)
     checks.num_items(num_items, reduction)
@@ -150,8 +229,9 @@ def kd_loss(
         labels = labels.to(torch.int64)  # before shift, so that any ignore_index fits
     if shift:
         labels, token_weights = _shift(leading, labels, token_weights, ignore_index)
-    inplace = inplace and isinstance(student, torch.Tensor)
-    if inplace and student.requires_grad and torch.is_grad_enabled():
+    overwritten = inplace and torch.is_grad_enabled()
+    overwritten = overwritten and not (ops.transformed() or ops.recorded())
+    if overwritten and isinstance(student, torch.Tensor) and student.requires_grad:
         checks.overwritable(student, teacher)
         inplace = not torch.compiler.is_compiling()
         if inplace:
@@ -160,23 +240,23 @@ def kd_loss(
             student = autograd.give_up(student)
     else:
         inplace = False
-    rows = shape if len(shape) <= 2 else (shape[:-1].numel(), shape[-1])
+    lead = shape if len(shape) <= 2 else (math.prod(shape[:-1]), shape[-1])
     if labels is not None:
-        labels = labels.reshape(rows).contiguous()
+        labels = labels.reshape(lead).contiguous()
     if token_weights is not None:
         dtype = torch.promote_types(leading.dtype, torch.float32)
-        token_weights = token_weights.to(dtype).reshape(rows).contiguous()
+        token_weights = token_weights.to(dtype).reshape(lead).contiguous()
     if num_items is not None:
         num_items = _as_float64(num_items, device)
     student = _rows(student)
-    teacher = _rows(teacher)
+    known: Any = _rows(teacher)
     if not (objective.distill_weight or return_terms):
-        if not isinstance(teacher, torch.Tensor):
-            teacher = None  # a term of weight 0 is not computed, nor what it would take
+        if not isinstance(known, torch.Tensor):
+            known = None  # a term of weight 0 is not computed, nor what it would take
     elif sharding is None:
-        teacher = _kept(teacher, labels, objective)
+        known = _kept(known, labels, objective)
 
-    inputs = student, teacher, labels, token_weights, num_items, objective, return_terms
+    inputs = student, known, labels, token_weights, num_items, objective, return_terms
     if sharding is not None:
         loss, rows = parallel.distill(sharding, *inputs, backend=backend, inplace=inplace)
     elif backend == "eager":
@@ -188,7 +268,7 @@ def kd_loss(
     return _terms(loss, rows.detach(), labels, ignore_index) if return_terms else loss
 
 
-def _terms(loss, rows, labels, ignore_index):
+def _terms(loss: Tensor, rows: Tensor, labels: Tensor | None, ignore_index: int) -> KDTerms:
     """rows (3, L) or (3, B, L), labels (L) or (B, L) or None -> KDTerms."""
     if labels is None:
         num_items = torch.full((), rows[0].numel(), dtype=torch.int64, device=rows.device)
@@ -199,19 +279,19 @@ def _terms(loss, rows, labels, ignore_index):
     return KDTerms(loss, distill, hard, num_items)
 
 
-def _as_float64(num_items, device):
+def _as_float64(num_items: float | Tensor, device: torch.device) -> Tensor:
     """A number or one-element tensor -> (), copied nowhere that it is not already."""
     if isinstance(num_items, torch.Tensor):
         return num_items.detach().reshape(()).to(device, torch.float64)
     return torch.full((), num_items, dtype=torch.float64, device=device)
 
 
-def _rows(x):
+def _rows(x: Prediction) -> Any:
     """A source (..., ·) -> (L, ·) or (B, L, ·): views where they exist, unit vocabulary stride."""
     if isinstance(x, torch.Tensor):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             x = x.contiguous()
-        return x if x.dim() <= 3 else x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+        return x if x.dim() <= 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     if isinstance(x, Ensemble):
         return Ensemble([_rows(member) for member in x.teachers], x.weights, x.mean)
     if isinstance(x, LinearHead):
@@ -222,7 +302,20 @@ def _rows(x):
     return Sampled(_rows(x.ids), _rows(x.counts))
 
 
-def _whole(x):
+def _holds_dtensor(x: object) -> bool:
+    """Of an argument, whatever it is."""
+    if isinstance(x, Ensemble) and isinstance(x.teachers, (list, tuple)):
+        return any(map(_holds_dtensor, x.teachers))
+    if isinstance(x, LinearHead):
+        return _holds_dtensor(x.hidden)  # FSDP2 shards weights alone
+    if isinstance(x, TopK):
+        return _holds_dtensor(x.ids) or _holds_dtensor(x.logprobs)
+    if isinstance(x, Sampled):
+        return _holds_dtensor(x.ids) or _holds_dtensor(x.counts)
+    return hasattr(x, "device_mesh")
+
+
+def _whole(x: Any) -> Any:
     """A parameter that is sharded over ranks (DTensor, as FSDP2 makes them), gathered once.
 
     Its gradient is the mean of the ranks' gradients, as FSDP2 leaves in every other parameter.
@@ -239,15 +332,19 @@ def _whole(x):
     return whole
 
 
-def _kept(teacher, labels, objective):
+def _kept(
+    teacher: Prediction, labels: Tensor | None, objective: Objective
+) -> Tensor | LinearHead | Kept | Ensemble:
     """The teacher (L, ·) or (B, L, ·), what is sparse in it as `Kept`."""
     if isinstance(teacher, Ensemble):
-        members = [_kept(x, labels, objective) for x in teacher.teachers]
+        members: list[Any] = [_kept(x, labels, objective) for x in teacher.teachers]
         return Ensemble(members, teacher.weights, teacher.mean)
     return keep(teacher, labels, objective) if isinstance(teacher, (TopK, Sampled)) else teacher
 
 
-def _shift(student, labels, token_weights, ignore_index):
+def _shift(
+    student: Tensor, labels: Tensor | None, token_weights: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
     """The labels and weights that positions predict: one later, none for the last position."""
     if labels is None:
         raise ValueError("shift=True needs labels, but labels is None")

@@ -4,6 +4,7 @@
 missing and pasted into an issue.
 """
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -26,12 +27,12 @@ ENVIRONMENT = (
 )
 
 
-def info():
+def info() -> dict[str, str]:
     """The facts as a flat dict of strings, in the order in which they are printed."""
     return {**_versions(), **_machine(), **_native(), **_backends(), **_environment()}
 
 
-def _versions():
+def _versions() -> dict[str, str]:
     facts = {"kdkernels": f"{__version__} ({Path(__file__).parent})"}
     facts["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     for package in ("torch", "triton", "numpy"):
@@ -48,7 +49,7 @@ def _versions():
     return facts
 
 
-def _machine():
+def _machine() -> dict[str, str]:
     return {
         "system": platform.platform(),
         "cpu": f"{_cpu_model()}, {os.cpu_count()} logical cores",
@@ -56,7 +57,7 @@ def _machine():
     }
 
 
-def _cpu_model():
+def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -65,17 +66,17 @@ def _cpu_model():
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _build_record():
+def _build_record() -> tuple[str | None, str | None]:
     """Why setup.py left out the native part and its CUDA part: text, or None where it did not."""
     try:
-        from . import _build
+        _build = importlib.import_module("kdkernels._build")
     except ImportError:
         never = "setup.py never ran in this source tree: pip install -e ."
         return never, never
     return _build.NATIVE_MISSING, _build.CUDA_MISSING
 
 
-def _native():
+def _native() -> dict[str, str]:
     native_missing, cuda_missing = _build_record()
     if native._C is None:
         if native_missing is not None:
@@ -113,7 +114,7 @@ def _native():
     return facts
 
 
-def _backends():
+def _backends() -> dict[str, str]:
     facts = {}
     for device_type in ("cpu", "cuda"):
         if device_type == "cuda" and not torch.cuda.is_available():
@@ -131,11 +132,11 @@ def _backends():
     return facts
 
 
-def _environment():
+def _environment() -> dict[str, str]:
     return {name: os.environ.get(name, "not set") for name in ENVIRONMENT}
 
 
-def main():
+def main() -> None:
     for name, value in info().items():
         # A reason may be the last lines of a compiler's output.
         print(f"{name + ':':<24}" + value.replace("\n", "\n" + " " * 24))

@@ -6,13 +6,18 @@ The row operators, eager's too, take a sparse teacher in this one form: every cl
 ascending, its log-probability at T, and the log-probability of all other classes together.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from .objective import Objective
 from .ops import LIBRARY
-from .sources import Sampled
+from .sources import Sampled, TopK
 
 INF = float("inf")
 # How much more than 1 the probabilities may sum to, for the rounding of log-probabilities.
@@ -28,21 +33,21 @@ class Kept:
     log_p: torch.Tensor  # (L, K) or (B, L, K), float64; −inf where there is no class
     log_rest: torch.Tensor  # (L) or (B, L), float64: of all other classes together
 
-    def fields(self):
+    def fields(self) -> list[Tensor]:
         return [self.ids, self.log_p, self.log_rest]
 
-    def at(self, index):
+    def at(self, index: Any) -> Kept:
         """Some of the rows."""
         return Kept(*(x[index] for x in self.fields()))
 
-    def dense(self, columns, dtype):
+    def dense(self, columns: int, dtype: torch.dtype) -> Tensor:
         """log p (…, V) of a teacher whose other classes have no probability."""
         shape = *self.ids.shape[:-1], columns + 1
         log_p = torch.full(shape, -INF, dtype=dtype, device=self.ids.device)
         return log_p.scatter_(-1, self.ids, self.log_p.to(dtype))[..., :columns]
 
 
-def keep(teacher, labels, objective):
+def keep(teacher: TopK | Sampled, labels: Tensor | None, objective: Objective) -> Kept:
     """teacher (L, K) or (B, L, K), labels (L) or (B, L) or None -> Kept.
 
     Rows of `ignore_index` are empty, whatever they hold. On the CPU other ids and values are
@@ -70,7 +75,14 @@ LIBRARY.define(
 
 
 @torch.library.register_fake("kdkernels::keep", lib=LIBRARY)
-def _fake_keep(ids, values, counts, kind, temperature, vocab_size):
+def _fake_keep(
+    ids: Tensor,
+    values: Tensor,
+    counts: Tensor | None,
+    kind: str,
+    temperature: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = *ids.shape[:-1], max(ids.shape[-1], 1)
     return (
         ids.new_empty(shape, dtype=torch.int64),
@@ -80,7 +92,14 @@ def _fake_keep(ids, values, counts, kind, temperature, vocab_size):
 
 
 @torch.library.impl(LIBRARY, "keep", "CompositeExplicitAutograd")
-def _keep(ids, values, counts, kind, temperature, vocab_size):
+def _keep(
+    ids: Tensor,
+    values: Tensor,
+    counts: Tensor | None,
+    kind: str,
+    temperature: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     surplus = SURPLUS.get(values.dtype, DEFAULT_SURPLUS)
     if not ids.shape[-1]:
         ids, values = (x.new_full((*x.shape[:-1], 1), -1) for x in (ids, values))
@@ -122,7 +141,7 @@ def _keep(ids, values, counts, kind, temperature, vocab_size):
     return ids, log_p, log_rest + poison
 
 
-def _drawn(ids, counts, vocab_size):
+def _drawn(ids: Tensor, counts: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """ids and counts (..., K) -> ids and log(counts / Σ counts), duplicates added up."""
     ids, order = ids.sort(-1)
     new = ids != F.pad(ids[..., :-1], (1, 0), value=-1)
@@ -133,7 +152,7 @@ def _drawn(ids, counts, vocab_size):
     return ids.masked_fill(total == 0, vocab_size), (counts / total).log()
 
 
-def _refuse(error, wanted, wrong, values):
+def _refuse(error: type[Exception], wanted: str, wrong: Tensor, values: Tensor) -> None:
     """Raise for the first of `values` (L, …) or (B, L, …) that is wrong, where that is known."""
     if wrong.device.type == "cpu" and wrong.any():
         first = int(wrong.flatten().to(torch.uint8).argmax())

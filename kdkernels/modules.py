@@ -1,14 +1,29 @@
 """`KDLoss`: `kd_loss` with its options kept, as an `nn.Module`."""
 
-from torch import nn
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from . import checks
 from .backends import registry
-from .functional import kd_loss
-from .objective import make_objective
+from .backends.registry import Name as Backend
+from .functional import KDTerms, Options, kd_loss
+from .objective import Divergence, Reduction, make_objective
+from .sources import Dense, Prediction
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as Defaulted
+    from typing_extensions import Unpack
+
+    Result = Defaulted("Result", Tensor, KDTerms, Tensor | KDTerms, default=Tensor)
+else:
+    Result = TypeVar("Result")
 
 
-class KDLoss(nn.Module):
+class KDLoss(nn.Module, Generic[Result]):
     """The knowledge-distillation loss as a criterion: the keywords of `kd_loss`, kept.
 
     Raises:
@@ -19,26 +34,44 @@ class KDLoss(nn.Module):
         loss = criterion(student_logits, teacher_logits, labels)
     """
 
+    @overload
+    def __init__(
+        self: KDLoss[Tensor],
+        *,
+        return_terms: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: KDLoss[KDTerms], *, return_terms: Literal[True], **options: Unpack[Options]
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: KDLoss[Tensor | KDTerms], *, return_terms: bool, **options: Unpack[Options]
+    ) -> None: ...
+
     def __init__(
         self,
         *,
-        divergence="forward_kl",
-        temperature=1.0,
-        alpha=0.5,
-        beta=None,
-        t_squared=True,
-        label_smoothing=0.0,
-        ignore_index=-100,
-        vocab_size=None,
-        shift=False,
-        reduction="mean",
-        group=None,
-        inplace=False,
-        backend=None,
-        return_terms=False,
-    ):
+        divergence: Divergence = "forward_kl",
+        temperature: float = 1.0,
+        alpha: float = 0.5,
+        beta: float | None = None,
+        t_squared: bool = True,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        shift: bool = False,
+        reduction: Reduction = "mean",
+        group: dist.ProcessGroup | None = None,
+        inplace: bool = False,
+        backend: Backend | None = None,
+        return_terms: bool = False,
+    ) -> None:
         super().__init__()
-        objective = dict(
+        objective: dict[str, Any] = dict(
             divergence=divergence,
             beta=beta,
             temperature=temperature,
@@ -52,7 +85,7 @@ class KDLoss(nn.Module):
         make_objective(**objective, has_labels=True)
         checks.positive_int("vocab_size", vocab_size)
         registry.check_name("backend", backend)
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             **objective,
             shift=shift,
             group=group,
@@ -61,9 +94,17 @@ class KDLoss(nn.Module):
             return_terms=return_terms,
         )
 
-    def forward(self, student, teacher, labels=None, *, token_weights=None, num_items=None):
+    def forward(
+        self,
+        student: Dense,
+        teacher: Prediction,
+        labels: Tensor | None = None,
+        *,
+        token_weights: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Result:
         """Predictions: logits (..., V) or sources; labels (...) -> what `kd_loss` returns."""
-        return kd_loss(
+        loss: Any = kd_loss(
             student,
             teacher,
             labels,
@@ -71,6 +112,11 @@ class KDLoss(nn.Module):
             num_items=num_items,
             **self.options,
         )
+        result: Result = loss
+        return result
 
-    def extra_repr(self):
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

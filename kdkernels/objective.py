@@ -1,15 +1,18 @@
 """What a row of the loss computes: the options of `kd_loss`, checked once and frozen."""
 
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
-REDUCTIONS = ("mean", "sum", "none")
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
+Reduction = Literal["mean", "sum", "none"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
-DEFAULT_BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
+DEFAULT_BETA: dict[Divergence, float] = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
 
 # At these beta the mixture is one of the two distributions and the divergence has another name.
 # (The generalised JSD tends to 0 there; GKD, TRL and Liger define its ends as the KLs instead.)
-LIMITS = {
+LIMITS: dict[tuple[Divergence, float], Divergence] = {
     ("jsd", 0.0): "forward_kl",
     ("jsd", 1.0): "reverse_kl",
     ("skew_forward_kl", 0.0): "forward_kl",
@@ -28,7 +31,7 @@ class Objective:
     labels). A term of weight 0 is not computed, unless its value is asked for.
     """
 
-    divergence: str  # one of DIVERGENCES, the limits in beta resolved
+    divergence: Divergence  # the limits in beta resolved
     beta: float  # 0 for a divergence without beta
     temperature: float
     distill_weight: float
@@ -41,14 +44,14 @@ class Objective:
     teacher_cap: float
     ignore_index: int
     vocab_size: int  # columns from here on are padding
-    reduction: str  # one of REDUCTIONS
+    reduction: Reduction
 
-    def options(self):
+    def options(self) -> tuple[Any, ...]:
         """The fields in order, as the row operators take them (`ops.OPTIONS`)."""
         return tuple(getattr(self, field) for field in self.__dataclass_fields__)
 
 
-def number(name, value, low, high):
+def number(name: str, value: object, low: float, high: float) -> float:
     """The float that an option is, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -57,12 +60,12 @@ def number(name, value, low, high):
     return float(value)
 
 
-def check_choice(name, value, known):
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
-def resolve_divergence(divergence, beta):
+def resolve_divergence(divergence: Divergence, beta: float | None) -> tuple[Divergence, float]:
     """The divergence and beta to compute, for those asked for (`beta=None`: the default)."""
     check_choice("divergence", divergence, DIVERGENCES)
     if divergence not in DEFAULT_BETA:
@@ -76,17 +79,17 @@ def resolve_divergence(divergence, beta):
 
 def make_objective(
     *,
-    divergence,
-    beta,
-    temperature,
-    alpha,
-    t_squared,
-    label_smoothing,
-    ignore_index,
-    vocab_size,
-    reduction,
-    has_labels,
-):
+    divergence: Divergence,
+    beta: float | None,
+    temperature: float,
+    alpha: float,
+    t_squared: bool,
+    label_smoothing: float,
+    ignore_index: int,
+    vocab_size: int,
+    reduction: Reduction,
+    has_labels: bool,
+) -> Objective:
     """Check every option that is not a tensor. `vocab_size` is the resolved width."""
     check_choice("reduction", reduction, REDUCTIONS)
     divergence, beta = resolve_divergence(divergence, beta)

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 
 import torch
+from torch import Tensor
 
 HUGE_PAGE = 2**21  # bytes
 ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux
@@ -12,7 +13,7 @@ if ADVICE is not None:
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
-def advise_huge(x):
+def advise_huge(x: Tensor) -> Tensor:
     """`x`, contiguous, whose memory the system is asked to make of huge pages, where it can.
 
     Memory of this size comes fresh from the system, and faulting it in page by page costs as much

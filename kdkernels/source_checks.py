@@ -1,19 +1,22 @@
 """What `kd_loss` requires of the two predictions, whatever they come as."""
 
 import torch
+from torch import Tensor
 
 from .checks import FLOATS, INTEGERS, REALS, kind_of, names_of, positive_int, shape_of
-from .objective import check_choice, number
-from .sources import Ensemble, LinearHead, Sampled, TopK, tensors_of
+from .objective import Objective, check_choice, number
+from .sources import Dense, Ensemble, LinearHead, Prediction, Sampled, TopK, tensors_of
 
-DENSE = (torch.Tensor, LinearHead)
+DENSE = (Tensor, LinearHead)
 SPARSE = (TopK, Sampled)
 IDS = (*INTEGERS[:-1], torch.uint16, torch.uint32)  # no bool
 COUNTS = REALS[:-1]
 MAX_FACTOR = 2.0**60  # of logits: what float32 can multiply by and divide by
 
 
-def check_sources(student, teacher, vocab_size, sharded=False):
+def check_sources(
+    student: Dense, teacher: Prediction, vocab_size: int | None, sharded: bool = False
+) -> int:
     """Check both predictions and return the number of real classes; `sharded`: those that are here,
     of which only their group knows how many are real."""
     if not isinstance(student, DENSE):
@@ -57,7 +60,7 @@ def check_sources(student, teacher, vocab_size, sharded=False):
     return _vocab_size(widths, leading, vocab_size)
 
 
-def _vocab_size(widths, leading, vocab_size):
+def _vocab_size(widths: dict[str, int], leading: Tensor, vocab_size: int | None) -> int:
     """The number of real classes of predictions that are this wide: name -> columns."""
     if vocab_size is None:
         student = widths["student"]
@@ -82,18 +85,18 @@ def _vocab_size(widths, leading, vocab_size):
     return vocab_size
 
 
-def _leading(x):
+def _leading(x: Dense | TopK | Sampled) -> Tensor:
     """The tensor of a source that has its leading dimensions."""
     if isinstance(x, LinearHead):
         return x.hidden
     return x if isinstance(x, torch.Tensor) else x.ids
 
 
-def _width(x):
+def _width(x: Dense) -> int:
     return x.weight.shape[0] if isinstance(x, LinearHead) else x.shape[-1]
 
 
-def _teachers(teacher):
+def _teachers(teacher: Prediction) -> list[tuple[str, Dense | TopK | Sampled]]:
     """(name, source) of the teacher, or of each of an ensemble's."""
     if not isinstance(teacher, Ensemble):
         if not isinstance(teacher, (*DENSE, *SPARSE)):
@@ -125,14 +128,14 @@ def _teachers(teacher):
     return members
 
 
-def _tensor(name, x, dtypes):
+def _tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes or x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor of {names_of(dtypes)}, got {kind_of(x)}")
 
 
-def _dense(name, x):
+def _dense(name: str, x: Dense) -> None:
     """Check logits, or a hidden state and its head."""
     if isinstance(x, torch.Tensor):
         _tensor(name, x, FLOATS)
@@ -177,10 +180,9 @@ def _dense(name, x):
         )
 
 
-def _sparse(name, x):
+def _sparse(name: str, x: TopK | Sampled) -> None:
     """Check TopK or Sampled, but for what its ids and values are: see sparse.py."""
-    topk = isinstance(x, TopK)
-    values, dtypes = ("logprobs", FLOATS) if topk else ("counts", COUNTS)
+    values, dtypes = ("logprobs", FLOATS) if isinstance(x, TopK) else ("counts", COUNTS)
     _tensor(f"{name}.ids", x.ids, IDS)
     _tensor(f"{name}.{values}", getattr(x, values), dtypes)
     if x.ids.shape != getattr(x, values).shape:
@@ -188,17 +190,18 @@ def _sparse(name, x):
             f"{name}.{values} must have the shape of {name}.ids, {shape_of(x.ids)}, "
             f"got {shape_of(getattr(x, values))}"
         )
-    if topk:
+    if isinstance(x, TopK):
         check_choice(f"{name}.tail", x.tail, ("bucket", "renormalize"))
 
 
-def check_sparse_objective(teacher, objective, divergence):
+def check_sparse_objective(teacher: Prediction, objective: Objective, divergence: str) -> None:
     """Check what a teacher that knows some classes can be asked for; `divergence`: as it was."""
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
     if not all(isinstance(x, SPARSE) for x in members):
         return
-    kind = _kind_of(members[0])
-    renormalized = kind.startswith("TopK") and members[0].tail == "renormalize"
+    first = members[0]
+    kind = _kind_of(first)
+    renormalized = isinstance(first, TopK) and first.tail == "renormalize"
     if objective.temperature != 1 and not renormalized:
         raise ValueError(
             f"temperature must be 1 with {kind}, which does not know its other classes at another "
@@ -219,5 +222,5 @@ def check_sparse_objective(teacher, objective, divergence):
         )
 
 
-def _kind_of(source):
+def _kind_of(source: Prediction) -> str:
     return f"TopK(tail={source.tail!r})" if isinstance(source, TopK) else type(source).__name__

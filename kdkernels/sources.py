@@ -7,11 +7,15 @@ dimensions (...) are the same for student, teacher and labels.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 MAX_WEIGHT = 2.0**1000  # their sum is finite
+
+Tail = Literal["bucket", "renormalize"]
+Mean = Literal["arithmetic", "geometric"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +39,9 @@ class LinearHead:
             digits with every chunk.
     """
 
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
     chunk_rows: int | None = None
@@ -55,9 +59,9 @@ class TopK:
             that is left; "renormalize": the others have none, and what is kept sums to 1.
     """
 
-    ids: torch.Tensor
-    logprobs: torch.Tensor
-    tail: str = "bucket"
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tail = "bucket"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +75,8 @@ class Sampled:
         counts: (..., K), not negative, integers or floats; ignored where `ids` is −1.
     """
 
-    ids: torch.Tensor
-    counts: torch.Tensor
+    ids: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +89,11 @@ class Ensemble:
         mean: "arithmetic", p = Σ w_k p_k, or "geometric", p ∝ Π p_k^{w_k}.
     """
 
-    teachers: Any
-    weights: Any = None
-    mean: str = "arithmetic"
+    teachers: Sequence[Tensor | LinearHead | TopK]
+    weights: Sequence[float] | None = None
+    mean: Mean = "arithmetic"
 
-    def shares(self):
+    def shares(self) -> list[float]:
         """The weights, checked, with a sum of 1."""
         count = len(self.teachers)
         if self.weights is None:
@@ -114,7 +118,11 @@ class Ensemble:
         return [weight / total for weight in self.weights]
 
 
-def tensors_of(source):
+Dense: TypeAlias = Tensor | LinearHead  # what a student's prediction comes as, and
+Prediction: TypeAlias = Dense | TopK | Sampled | Ensemble  # a teacher's
+
+
+def tensors_of(source: Prediction) -> list[tuple[str, Tensor]]:
     """(name of its field, "" for logits; tensor) of every tensor of a source."""
     if isinstance(source, torch.Tensor):
         return [("", source)]

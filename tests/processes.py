@@ -12,7 +12,8 @@ import traceback
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PATHS = HERE.parent, HERE, HERE / "distill", HERE / "distill" / "jobs", HERE / "parallel"
+FOLDERS = "distill", "distill/jobs", "integrations", "parallel"
+PATHS = HERE.parent, HERE, *(HERE / folder for folder in FOLDERS)
 # What is slow to import, once for all processes of a session: they are forked from one that has.
 IMPORTED = (
     "torch._dynamo torch.distributed.fsdp accelerate transformers kdkernels.cli "

@@ -4,29 +4,30 @@ the report."""
 import functools
 
 import torch
+from torch import Tensor
 
 
 @functools.cache
-def flag(device):
+def flag(device: torch.device) -> Tensor:
     """1 + a row whose label was out of range, written by the GPU: int64 (), page-locked."""
     with torch.inference_mode(False):  # it outlives the mode of the call that is the first
         return torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=True)
 
 
-def take(device):
+def take(device: torch.device) -> int | None:
     """A row whose label a call on `device` has found out of range since this was last asked.
 
     Does not wait for the GPU: what it has still to compute is for whoever asks next. None if all is
     well.
     """
-    row = flag(device).item() - 1
+    row = int(flag(device)) - 1
     if row < 0:
         return None
     flag(device).zero_()
     return row
 
 
-def raise_earlier(device):
+def raise_earlier(device: torch.device) -> Tensor:
     """IndexError for a label of an earlier call on `device`; else the flag for the next one."""
     row = take(device)
     if row is not None:

@@ -4,19 +4,32 @@ Runs on any device in any floating dtype, in at least float32, and is differenti
 takes many passes over the logits; the other backends exist to take one.
 """
 
+import contextlib
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..kept import Kept
-from ..ops import check_labels
-from ..sources import Ensemble, LinearHead
+from ..objective import Objective
+from ..ops import check_labels, transformed
+from ..sources import Dense, Ensemble, LinearHead
 
 INF = float("inf")
 
 
-def distill(student, teacher, labels, weights, num_items, objective, want_terms):
+def distill(
+    student: Dense,
+    teacher: Any,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    objective: Objective,
+    want_terms: bool,
+) -> tuple[Tensor, Tensor]:
     """The loss, in PyTorch's own autograd.
 
     Args:
@@ -55,21 +68,29 @@ def distill(student, teacher, labels, weights, num_items, objective, want_terms)
     return add_up(rows[0], scale), rows
 
 
-def add_up(losses, scale=None):
+def add_up(losses: Tensor, scale: Tensor | None = None) -> Tensor:
     """losses (L) or (B, L) -> their sum, in float64 until it is rounded."""
     loss = losses.sum(dtype=torch.float64)
     return (loss if scale is None else loss * scale).to(losses.dtype)
 
 
-def distill_rows(student, teacher, labels, weights, objective, want_terms):
+def distill_rows(
+    student: Dense,
+    teacher: Any,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    objective: Objective,
+    want_terms: bool,
+) -> Tensor:
     """The rows of `distill`."""
     s = logits(student, objective.vocab_size)
     zero = s.new_zeros(s.shape[:-1])
 
     # Rows that don't count are replaced, not multiplied by 0: nothing in them, NaN included, can
     # reach the loss, and `where` gives them the gradient +0 whatever the upstream gradient is.
-    counts = None if labels is None else labels != objective.ignore_index
-    if counts is not None:
+    counts = None
+    if labels is not None:
+        counts = labels != objective.ignore_index
         s = torch.where(counts[..., None], s, 0.0)
         labels = torch.where(counts, labels, 0)
     if weights is not None:
@@ -96,7 +117,7 @@ def distill_rows(student, teacher, labels, weights, objective, want_terms):
     return torch.stack((loss, distill, hard))
 
 
-def row_cross_entropy(s, labels, label_smoothing):
+def row_cross_entropy(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """(1 − ε) (lse(s) − s_y) + ε mean_i (lse(s) − s_i): s (B, L, V), labels (B, L) -> (B, L)."""
     log_q = log_softmax(s, 1.0)
     if label_smoothing == 1:
@@ -107,14 +128,14 @@ def row_cross_entropy(s, labels, label_smoothing):
     return loss
 
 
-def log_softmax(x, temperature):
+def log_softmax(x: Tensor, temperature: float) -> Tensor:
     """log softmax(x / T), the maximum subtracted before the division: no T overflows it."""
     if not x.numel():
         return x
     return F.log_softmax((x - x.detach().amax(-1, keepdim=True)) / temperature, -1)
 
 
-def row_divergence(s, teacher, counts, objective):
+def row_divergence(s: Tensor, teacher: Any, counts: Tensor | None, objective: Objective) -> Tensor:
     """D(p, softmax(s/T)): s (B, L, V), counts (B, L) or None -> (B, L)."""
     log_q = log_softmax(s, objective.temperature)
     if isinstance(teacher, Kept):
@@ -127,17 +148,26 @@ def row_divergence(s, teacher, counts, objective):
 # ---- Sources -------------------------------------------------------------------------------------
 
 
-def logits(source, columns):
+def logits(source: Dense, columns: int) -> Tensor:
     """The logits (B, L, columns) of a tensor or `LinearHead`, in at least float32."""
     if isinstance(source, torch.Tensor):
         return source[..., :columns].to(torch.promote_types(source.dtype, torch.float32))
     bias = None if source.bias is None else source.bias[:columns]
-    x = F.linear(source.hidden, source.weight[:columns], bias)
+    with _without_autocast(source.hidden.device.type):  # in the dtype of `hidden`
+        x = F.linear(source.hidden, source.weight[:columns], bias)
     x = x.to(torch.promote_types(x.dtype, torch.float32)) * source.logit_scale
     return x if source.softcap is None else source.softcap * (x / source.softcap).tanh()
 
 
-def log_probabilities(teacher, counts, objective, dtype):
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if device_type == "meta":  # which has none
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def log_probabilities(
+    teacher: Any, counts: Tensor | None, objective: Objective, dtype: torch.dtype
+) -> Tensor:
     """log p (B, L, V) of a teacher; of anything where `counts` (B, L) is False."""
     if isinstance(teacher, Kept):
         return teacher.dense(objective.vocab_size, dtype)
@@ -151,10 +181,10 @@ def log_probabilities(teacher, counts, objective, dtype):
     return log_softmax(total, 1.0) if teacher.mean == "geometric" else total
 
 
-def mean_of(ensemble, members):
+def mean_of(ensemble: Ensemble, members: Iterable[Tensor]) -> Tensor:
     """Of the members' log p (B, L, V), which are overwritten, that of their mean; of the geometric
     one less the log of its normaliser."""
-    total = None  # one member beside it at a time
+    total: Any = None  # one member beside it at a time
     for log_p, share in zip(members, ensemble.shares(), strict=True):
         if not share:
             continue
@@ -163,11 +193,13 @@ def mean_of(ensemble, members):
             total = log_p if total is None else total.add_(log_p)
         else:
             log_p += math.log(share)
-            total = log_p if total is None else torch.logaddexp(total, log_p, out=total)
-    return total
+            out = None if transformed() else total  # vmap has no rule for `out`
+            total = log_p if total is None else torch.logaddexp(total, log_p, out=out)
+    mean: Tensor = total
+    return mean
 
 
-def over_kept_classes(kept, log_q):
+def over_kept_classes(kept: Kept, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """log p and log q (B, L, K + 1) over the kept classes and the one that holds all others.
 
     A teacher that gives the others no probability needs no more: a class without p adds to every
@@ -193,11 +225,11 @@ def over_kept_classes(kept, log_q):
 # Each takes the teacher's log p and the student's log q (B, L, V), and beta.
 
 
-def forward_kl(log_p, log_q, beta):
+def forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return kl(log_p, log_q)
 
 
-def reverse_kl(log_p, log_q, beta):
+def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     # Where the teacher rules a class out and the student does not, the divergence is +inf and has
     # no gradient: the row is computed from NaN and only its value replaced.
     infinite = ((log_p == -INF) & (log_q > -INF)).any(-1)
@@ -205,26 +237,26 @@ def reverse_kl(log_p, log_q, beta):
     return torch.where(infinite, INF, kl(log_q, log_p))
 
 
-def jsd(log_p, log_q, beta):
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     log_m = log_mixture(log_p, log_q, beta)
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
-def skew_forward_kl(log_p, log_q, beta):
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return kl(log_p, log_mixture(log_p, log_q, beta))
 
 
-def skew_reverse_kl(log_p, log_q, beta):
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return kl(log_q, log_mixture(log_q, log_p, beta))
 
 
-def tvd(log_p, log_q, beta):
+def tvd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     difference = log_q.exp() - log_p.exp()
     sign = torch.where(difference.isnan(), difference, difference.sign()).detach()
     return 0.5 * (difference * sign).sum(-1)  # |x| with a derivative of NaN at NaN
 
 
-def kl(log_a, log_b):
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """Σ a (log a − log b), 0 where a = 0 (the limit of x log x)."""
     absent = log_a == -INF
     a = log_a.exp()
@@ -233,7 +265,7 @@ def kl(log_a, log_b):
     return torch.where((log_b == -INF) & (a == 0) & ~absent, INF, terms).sum(-1)
 
 
-def log_mixture(log_a, log_b, weight):
+def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """log(w a + (1 − w) b), exactly log a where b = a; −inf where both are 0."""
     if weight == 1:
         both = log_a + log_b  # of a row that holds NaN, in value and gradient

@@ -9,17 +9,28 @@ Every divergence is a sum of F(log p_i, log q_i) over the classes. With F' = ∂
 PyTorch derives, its gradient by the student's logits is (F'_i − q_i Σ F') / T.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..objective import Objective
 from .eager import DIVERGENCE
 
 INF = float("inf")
+Fields = dict[str, Tensor]
 OUT_OF_RANGE = -2  # csrc/common/args.h: kOutOfRange
 
 
-def shard_statistics(student, teacher, labels, weights, want_terms, *options):
+def shard_statistics(
+    student: Tensor,
+    teacher: list[Tensor],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    want_terms: bool,
+    *options: Any,
+) -> Tensor:
     """Float64 (F, L) or (F, B, L): of the columns in student and teacher, with ops.py's fields."""
     rows = Rows(student, teacher, labels, weights, want_terms, Objective(*options))
     fields = rows.kept_statistics() if rows.kept else rows.dense_statistics()
@@ -30,7 +41,16 @@ def shard_statistics(student, teacher, labels, weights, want_terms, *options):
     return torch.where(rows.read, result, 0.0)
 
 
-def shard_terms(student, teacher, labels, weights, merged, want_terms, leads, *options):
+def shard_terms(
+    student: Tensor,
+    teacher: list[Tensor],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    merged: Tensor,
+    want_terms: bool,
+    leads: bool,
+    *options: Any,
+) -> Tensor:
     """Float64 (3, L) or (3, B, L): what these columns add to D, Σ q and Σ F'."""
     rows = Rows(student, teacher, labels, weights, want_terms, Objective(*options))
     log_p, log_q = rows.pairs(merged)
@@ -41,7 +61,17 @@ def shard_terms(student, teacher, labels, weights, merged, want_terms, leads, *o
     return torch.where(rows.read, terms, 0.0)
 
 
-def shard_gradient_(student, teacher, labels, weights, num_items, merged, grad, classes, *options):
+def shard_gradient_(
+    student: Tensor,
+    teacher: list[Tensor],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    merged: Tensor,
+    grad: Tensor,
+    classes: int,
+    *options: Any,
+) -> Tensor:
     """The gradient by these columns' logits into grad (…, V) -> 1, which is left to multiply by."""
     objective = Objective(*options)
     rows = Rows(student, teacher, labels, weights, False, objective)
@@ -66,13 +96,21 @@ def shard_gradient_(student, teacher, labels, weights, num_items, merged, grad, 
     return unscale
 
 
-def float16_prescale(peak):
+def float16_prescale(peak: Tensor) -> Tensor:
     """The power of 2 at which a row is kept whose largest entry is peak (…): csrc/cpu/task.h."""
     exponent = (65408 / peak).log2().floor().clamp(-120, 120)
     return torch.where((peak > 0) & (peak < INF), exponent, 0.0).exp2()
 
 
-def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_size):
+def scale_rows_(
+    grad: Tensor,
+    upstream: Tensor,
+    unscale: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    ignore_index: int,
+    vocab_size: int,
+) -> None:
     """grad (…, V) times upstream · unscale, but for rows that do not count."""
     counts = torch.ones(grad.shape[:-1], dtype=torch.bool, device=grad.device)
     if labels is not None:
@@ -86,7 +124,15 @@ def scale_rows_(grad, upstream, unscale, labels, weights, ignore_index, vocab_si
 class Rows:
     """The columns of a shard, as logits: s and t (…, n), of 0 in rows that are not read."""
 
-    def __init__(self, student, teacher, labels, weights, want_terms, objective):
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: list[Tensor],
+        labels: Tensor | None,
+        weights: Tensor | None,
+        want_terms: bool,
+        objective: Objective,
+    ) -> None:
         self.objective, self.T = objective, objective.temperature
         read = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
         if labels is not None:
@@ -99,7 +145,8 @@ class Rows:
         if labels is not None:
             columns = torch.arange(objective.vocab_size, device=student.device)
             self.is_label = columns == labels[..., None]
-        self.t = self.kept = None
+        self.t: Any = None
+        self.kept: Any = None
         if len(teacher) > 1:
             self.kept = teacher
             ids = teacher[0]
@@ -108,17 +155,17 @@ class Rows:
         elif objective.distill_weight or want_terms:
             self.t = self._logits(teacher[0], objective.teacher_scale, objective.teacher_cap)
 
-    def _logits(self, x, scale, cap):
+    def _logits(self, x: Tensor, scale: float, cap: float) -> Tensor:
         x = capped(x[..., : self.objective.vocab_size].double(), scale, cap)
         return torch.where(self.read[..., None], x, 0.0)
 
-    def _normaliser(self, x):
+    def _normaliser(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The maximum, what x is less than it, and Σ e^{(x − max)/T}."""
         maximum = x.amax(-1)
         x = x - maximum.masked_fill(maximum == -INF, 0.0)[..., None]
         return maximum, x, (x / self.T).exp().sum(-1)
 
-    def dense_statistics(self):
+    def dense_statistics(self) -> Fields:
         max_s, x, z_s = self._normaliser(self.s)
         z_rest = x.masked_fill(self.is_label, -INF).exp().sum(-1)
         zero = torch.zeros_like(z_s)
@@ -137,7 +184,7 @@ class Rows:
             fields["kl"] = kl.masked_fill(nothing, 0.0)
         return fields
 
-    def kept_statistics(self):
+    def kept_statistics(self) -> Fields:
         _, log_p, _ = self.kept
         apart = self.is_label & ~self.is_kept
         others, x, z = self._normaliser(self.s.masked_fill(self.is_kept | apart, -INF))
@@ -152,18 +199,18 @@ class Rows:
         cross = torch.where(p == 0, p, p * (log_p - self._at_kept(x) / self.T))
         return fields | dict(share=p.sum(-1), cross=cross.sum(-1))
 
-    def _at_kept(self, x):
+    def _at_kept(self, x: Tensor) -> Tensor:
         """x (…, n) at the kept classes (…, K), −inf where there is none."""
         ids, columns = self.kept[0], x.shape[-1]
         return x.gather(-1, ids.clamp(max=columns - 1)).masked_fill(ids >= columns, -INF)
 
-    def _log_probabilities(self, fields):
+    def _log_probabilities(self, fields: Fields) -> tuple[Tensor, Tensor]:
         """log p and log q (…, n)."""
         log_q = (self.s - fields["max_s"][..., None]) / self.T - fields["z_s"].log()[..., None]
         log_p = (self.t - fields["max_t"][..., None]) / self.T - fields["z_t"].log()[..., None]
         return log_p, log_q
 
-    def pairs(self, merged):
+    def pairs(self, merged: Tensor) -> tuple[Tensor, Tensor]:
         """log p and log q of the classes that D is a sum over; the last one is a sparse teacher's
         rest."""
         if not self.kept:
@@ -173,9 +220,10 @@ class Rows:
         log_z, log_z_rest = kept_normalisers(fields, self.T)
         log_q = (self._at_kept(self.s) - fields["highest"][..., None]) / self.T - log_z[..., None]
         pairs = (log_p, log_rest), (log_q, log_z_rest - log_z)
-        return tuple(torch.cat([x, rest[..., None]], -1) for x, rest in pairs)
+        of_p, of_q = (torch.cat([x, rest[..., None]], -1) for x, rest in pairs)
+        return of_p, of_q
 
-    def divergence(self, log_p, log_q):
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """Σ F (…) and F' (…, n)."""
         with torch.enable_grad():
             log_q = log_q.detach().requires_grad_()
@@ -183,7 +231,7 @@ class Rows:
             (slopes,) = torch.autograd.grad(value.sum(), log_q)
         return value.detach(), slopes
 
-    def distill_gradient(self, merged):
+    def distill_gradient(self, merged: Tensor) -> Tensor:
         """F' − q Σ F' (…, n)."""
         log_p, log_q = self.pairs(merged)
         _, slopes = self.divergence(log_p, log_q)
@@ -201,7 +249,7 @@ class Rows:
         rest = torch.cat([rest, rest[..., :1]], -1)  # where a row has fewer classes
         return rest.scatter(-1, self.kept[0], parts[..., :-1])[..., :-1]
 
-    def hard_gradient(self, merged, classes):
+    def hard_gradient(self, merged: Tensor, classes: int) -> Tensor:
         """q − target (…, n) at T = 1, that of the label not as a difference."""
         if self.kept:
             fields = dict(zip(ops.KEPT_SHARD_FIELDS, merged, strict=False))
@@ -218,7 +266,7 @@ class Rows:
         return hard - smoothing / classes
 
 
-def kept_normalisers(fields, T):
+def kept_normalisers(fields: Fields, T: float) -> tuple[Tensor, Tensor]:
     """log Σ e^{(s − highest)/T} (…) of all classes, and of those that are not kept."""
     others = (fields["others"] - fields["highest"]) / T + fields["z"].log()
     apart = (fields["label"] - fields["highest"]) / T + fields["apart"].log()
@@ -226,17 +274,17 @@ def kept_normalisers(fields, T):
     return torch.logaddexp(rest, fields["kept_z"].log()), rest
 
 
-def capped(x, scale, cap):
+def capped(x: Tensor, scale: float, cap: float) -> Tensor:
     """Logits of what may be projections: csrc/common/cap.h."""
     return cap * (x * scale / cap).tanh() if cap else x * scale
 
 
-def cap_slope(x, objective):
+def cap_slope(x: Tensor, objective: Objective) -> Tensor:
     scale, cap = objective.student_scale, objective.student_cap
     return scale * (1 - (x * scale / cap).tanh().square()) if cap else torch.full_like(x, scale)
 
 
-OPERATORS = {
+OPERATORS: ops.Kernels = {
     "shard_statistics": shard_statistics,
     "shard_terms": shard_terms,
     "shard_gradient_": shard_gradient_,

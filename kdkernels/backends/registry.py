@@ -7,24 +7,26 @@ automatic one falls back.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from . import native, triton
 
+Name = Literal["native", "triton", "eager"]
 ENVIRONMENT_VARIABLE = "KDKERNELS_BACKEND"
 
 
 @dataclass(frozen=True)
 class Backend:
-    name: str
+    name: Name
     unavailable: Callable[[str], str | None]  # device type -> why it cannot be used there, or None
     takes_float64: bool
     default_on: tuple[str, ...] | None = None  # device types of an automatic choice; None: all
 
 
 # In the order of preference of an automatic choice.
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("native", native.unavailable, takes_float64=False),
@@ -34,13 +36,13 @@ BACKENDS = {
 }
 
 
-def check_name(source, name):
+def check_name(source: str, name: object) -> None:
     """`source` says where the name comes from: the keyword or the environment variable."""
     if name is not None and name not in tuple(BACKENDS):
         raise ValueError(f"unknown {source} {name!r}; known: {', '.join(BACKENDS)}")
 
 
-def resolve(device_type, dtype, requested=None):
+def resolve(device_type: str, dtype: torch.dtype, requested: str | None = None) -> Name:
     """The name of the backend for logits of `dtype` on `device_type` ("cpu", "cuda", …)."""
     source = "backend"
     if requested is None:
@@ -55,7 +57,7 @@ def resolve(device_type, dtype, requested=None):
             if not backend.unavailable(device_type):
                 return backend.name
     check_name(source, requested)
-    backend = BACKENDS[requested]
+    backend = BACKENDS[str(requested)]
     if backend.unavailable(device_type):
         states = (f"{b.name}: {b.unavailable(device_type) or 'usable'}" for b in BACKENDS.values())
         raise RuntimeError(
@@ -66,4 +68,4 @@ def resolve(device_type, dtype, requested=None):
             f"{source}={requested!r} computes in float32 and takes no float64 logits; "
             "use backend='eager' for float64"
         )
-    return requested
+    return backend.name

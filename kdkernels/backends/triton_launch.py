@@ -3,20 +3,17 @@ these meet in, what the kernel is compiled for."""
 
 import contextlib
 import functools
-import os
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import ops
-from ..objective import DIVERGENCES
+from ..objective import DIVERGENCES, Objective
 from . import bad_labels
-from .triton_task import NO_CAP
-
-
-def interpreting():
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
+from .triton import interpreting
+from .triton_task import NO_CAP, Task
 
 # ---- The table -----------------------------------------------------------------------------------
 
@@ -59,13 +56,13 @@ class Device(NamedTuple):
     nvidia: bool = False
 
 
-def device_of(device):
+def device_of(device: torch.device) -> Device:
     # The interpreter runs one program after the other: none may wait for another.
     return Device(0, 0, 0) if interpreting() else _gpu(device)
 
 
 @functools.cache
-def _gpu(device):
+def _gpu(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(32, 0, 0)
     properties = torch.cuda.get_device_properties(device)
@@ -77,7 +74,7 @@ def _gpu(device):
     )
 
 
-def make_plan(device, rows, columns, row_bytes):
+def make_plan(device: Device, rows: int, columns: int, row_bytes: int) -> Plan:
     """`row_bytes`: what a row takes up, student, teacher and gradient."""
     if device.lanes == 0:
         return _interpreted(rows, columns)
@@ -104,7 +101,7 @@ def make_plan(device, rows, columns, row_bytes):
     return Plan(together, tile // 8, held, programs, teams, warps)
 
 
-def options_of(device, plan):
+def options_of(device: Device, plan: Plan) -> dict[str, Any]:
     """How Triton compiles and launches a kernel of a plan."""
     options = dict(num_warps=plan.warps, enable_fp_fusion=True)
     if plan.programs > 1:
@@ -115,7 +112,7 @@ def options_of(device, plan):
     return options
 
 
-def _interpreted(rows, columns):
+def _interpreted(rows: int, columns: int) -> Plan:
     """Small enough that short rows take several tiles, and few calls of NumPy for many rows; few
     and long ones by themselves, as on a GPU."""
     held = columns <= 64
@@ -126,22 +123,23 @@ def _interpreted(rows, columns):
     return Plan(together, tile // 8, held, 1, -(-rows // together), 1)
 
 
-def power_of_2(x):
+def power_of_2(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
 # ---- A launch ------------------------------------------------------------------------------------
 
 
-def on(x):
+def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launches go to the current stream of the current device: that of x."""
     if x.device.type == "cpu":
         return contextlib.nullcontext()
-    return torch.get_device_module(x.device).device_of(x)
+    current: contextlib.AbstractContextManager[Any] = torch.get_device_module(x.device).device_of(x)
+    return current
 
 
 @contextlib.contextmanager
-def rounded(grad):
+def rounded(grad: Tensor | None) -> Iterator[Tensor | None]:
     """What the kernels write a gradient to: `grad` itself, or floats that are rounded to it
     afterwards, because Triton's interpreter truncates to bfloat16 where GPUs round."""
     if grad is None or grad.dtype != torch.bfloat16 or not interpreting():
@@ -152,7 +150,7 @@ def rounded(grad):
     grad.copy_(wide)
 
 
-def strides_of(*tensors):
+def strides_of(*tensors: Tensor) -> tuple[bool, list[int]]:
     """Whether no row begins or ends within a chunk of 8 columns, and their strides, in chunks if
     so."""
     strides = [stride for x in tensors for stride in ops.strides(x)]
@@ -160,7 +158,7 @@ def strides_of(*tensors):
     return whole, [x // 8 for x in strides] if whole else strides
 
 
-def plan_of(student, teacher, columns):
+def plan_of(student: Tensor, teacher: Tensor | None, columns: int) -> Plan:
     """`teacher`: logits, or None for what is sparse, of which a program takes a row at a time."""
     batch, length, width = ops.sizes(student)
     if width >= MAX_COLUMNS:
@@ -175,14 +173,20 @@ def plan_of(student, teacher, columns):
     return plan._replace(rows=1, held=False, teams=plan.teams if plan.programs > 1 else rows)
 
 
-def label_flag(device):
+def label_flag(device: torch.device) -> Tensor:
     """int64 (): for 1 + a row whose label is out of range."""
     if device.type == "cpu":
         return torch.zeros((), dtype=torch.int64)
     return bad_labels.raise_earlier(device)
 
 
-def prepare(student, plan, of_mean, ignore_index, is_mean):
+def prepare(
+    student: Tensor,
+    plan: Plan,
+    of_mean: tuple[Tensor | None, ...],
+    ignore_index: int,
+    is_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """mean, arrivals of two launches and board: see distill_rows. `of_mean`: labels, weights and
     num_items."""
     from . import triton_kernels as kernels
@@ -207,7 +211,9 @@ def prepare(student, plan, of_mean, ignore_index, is_mean):
     return mean, arrivals, board
 
 
-def compiled_for(objective, task, hard, plan, device):
+def compiled_for(
+    objective: Objective, task: Task, hard: bool, plan: Plan, device: torch.device
+) -> dict[str, Any]:
     """What distill_rows and distill_kept_rows have in common."""
     return dict(
         DIVERGENCE=DIVERGENCES.index(objective.divergence),
@@ -219,14 +225,16 @@ def compiled_for(objective, task, hard, plan, device):
     )
 
 
-def kept_in_pairs(fields, temperature):
+def kept_in_pairs(
+    fields: list[Tensor], temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What distill_kept_rows takes of a sparse teacher: ids, and in pairs of floats log p, T log p
     and the log-probability of the rest."""
     ids, log_p, log_rest = fields
     return ids, pairs(log_p), pairs(log_p * temperature), pairs(log_rest)
 
 
-def pairs(x):
+def pairs(x: Tensor) -> Tensor:
     """float64 (...) as two floats: float32 (2, ...)."""
     hi = x.float()
     return torch.stack([hi, (x - hi).float().nan_to_num_(nan=0.0)])

@@ -5,15 +5,17 @@ one of for a row, or K: a sparse teacher's sums over the kept classes, which D o
 nearly equals its teacher is a small difference of, and the normalisers of the whole row.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..objective import Objective
 from . import triton_launch as launch
 from .eager_shards import capped, kept_normalisers
-from .triton_task import make_task
+from .triton_task import Task, make_task
 
 STATISTICS, TERMS, GRADIENT = range(3)  # csrc/common/args.h: Phase
 INF = float("inf")
@@ -22,15 +24,22 @@ INF = float("inf")
 class Call(NamedTuple):
     """What the phases are given alike."""
 
-    student: torch.Tensor
-    teacher: list
-    labels: torch.Tensor
-    weights: torch.Tensor
+    student: Tensor
+    teacher: list[Tensor]
+    labels: Tensor | None
+    weights: Tensor | None
     objective: Objective
-    task: NamedTuple
+    task: Task
 
 
-def _shard_statistics(student, teacher, labels, weights, want_terms, *options):
+def _shard_statistics(
+    student: Tensor,
+    teacher: list[Tensor],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    want_terms: bool,
+    *options: Any,
+) -> Tensor:
     objective = Objective(*options)
     call = Call(student, teacher, labels, weights, objective, make_task(objective, want_terms))
     out = _pairs_for(student, ops.shard_fields(teacher))
@@ -41,7 +50,16 @@ def _shard_statistics(student, teacher, labels, weights, want_terms, *options):
     return out if len(teacher) == 1 else _with_kept_sums(call, out, want_terms)
 
 
-def _shard_terms(student, teacher, labels, weights, merged, want_terms, leads, *options):
+def _shard_terms(
+    student: Tensor,
+    teacher: list[Tensor],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    merged: Tensor,
+    want_terms: bool,
+    leads: bool,
+    *options: Any,
+) -> Tensor:
     objective = Objective(*options)
     call = Call(student, teacher, labels, weights, objective, make_task(objective, want_terms))
     out = _pairs_for(student, ops.TERM_FIELDS)
@@ -49,7 +67,17 @@ def _shard_terms(student, teacher, labels, weights, merged, want_terms, leads, *
     return _add_up(out)
 
 
-def _shard_gradient_(student, teacher, labels, weights, num_items, merged, grad, classes, *options):
+def _shard_gradient_(
+    student: Tensor,
+    teacher: list[Tensor],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    merged: Tensor,
+    grad: Tensor,
+    classes: int,
+    *options: Any,
+) -> Tensor:
     objective = Objective(*options)
     task = make_task(objective, False, classes)
     call = Call(student, teacher, labels, weights, objective, task)
@@ -71,33 +99,34 @@ def _shard_gradient_(student, teacher, labels, weights, num_items, merged, grad,
     return unscale
 
 
-def _pairs_for(student, fields):
+def _pairs_for(student: Tensor, fields: Sequence[str]) -> Tensor:
     return student.new_empty((2, len(fields), *student.shape[:-1]), dtype=torch.float32)
 
 
-def _add_up(pairs):
-    hi, lo = pairs.double()
+def _add_up(pairs: Tensor) -> Tensor:
+    hi, lo = pairs.double().unbind()
     return hi + lo
 
 
 def _run(
-    phase,
-    call,
-    distill,
-    hard,
-    merged=None,
-    num_items=None,
-    grad=None,
-    out=None,
-    unscale=None,
-    leads=False,
-):
+    phase: int,
+    call: Call,
+    distill: bool,
+    hard: bool,
+    merged: Tensor | None = None,
+    num_items: Tensor | None = None,
+    grad: Tensor | None = None,
+    out: Tensor | None = None,
+    unscale: Tensor | None = None,
+    leads: bool = False,
+) -> Tensor:
     """Launches a phase -> what it has taken for the mean: see distill_rows."""
     from . import triton_kernels as kernels
 
     student, teacher, labels, weights, objective, task = call
     ignore_index, columns = objective.ignore_index, objective.vocab_size
-    logits, kept = (teacher[0], None) if len(teacher) == 1 else (None, teacher)
+    logits: Any = teacher[0] if len(teacher) == 1 else None
+    kept = teacher if logits is None else None
     written = student if grad is None else grad
     batch, length, width = ops.sizes(student)
     with launch.on(student):
@@ -109,6 +138,7 @@ def _run(
         mean, arrivals, board = launch.prepare(
             student, plan, of_mean, ignore_index, num_items is not None
         )
+        inputs: tuple[Any, ...]
         if kept is None:
             whole, strides = launch.strides_of(student, logits, written)
             kernel, inputs = kernels.shard_rows, (task, student, logits)
@@ -116,7 +146,7 @@ def _run(
         else:
             whole, strides = launch.strides_of(student, written)
             count = kept[0].shape[-1]
-            strides = count, int(leads), *strides
+            strides = [count, int(leads), *strides]
             # The label is by itself wherever there is one, and the same in all phases.
             hard = labels is not None
             kernel = kernels.shard_kept_rows
@@ -153,7 +183,7 @@ def _run(
     return mean
 
 
-def _with_kept_sums(call, out, want_terms):
+def _with_kept_sums(call: Call, out: Tensor, want_terms: bool) -> Tensor:
     """The statistics with their sums over the kept classes."""
     student, (ids, log_p, _), labels, weights, objective, _ = call
     fields = dict(zip(ops.KEPT_SHARD_FIELDS, out, strict=True))
@@ -181,7 +211,7 @@ def _with_kept_sums(call, out, want_terms):
     return out
 
 
-def _frame(merged, objective, has_labels):
+def _frame(merged: Tensor, objective: Objective, has_labels: bool) -> Tensor:
     """What shard_kept_rows takes of the whole row: float64 (FRAME, …), as kept_shards.py says."""
     f = dict(zip(ops.KEPT_SHARD_FIELDS, merged, strict=False))
     T, mean = objective.temperature, merged[-1]
@@ -216,7 +246,7 @@ def _frame(merged, objective, has_labels):
     return torch.stack(tuple(frame.values()))
 
 
-OPERATORS = dict(
+OPERATORS: ops.Kernels = dict(
     shard_statistics=_shard_statistics,
     shard_terms=_shard_terms,
     shard_gradient_=_shard_gradient_,

@@ -4,6 +4,8 @@ import math
 import struct
 from typing import NamedTuple
 
+from ..objective import Objective
+
 
 class Cap(NamedTuple):
     """What makes logits of a projection: see arithmetic.py."""
@@ -53,17 +55,17 @@ class Task(NamedTuple):
     teacher_cap: Cap
 
 
-def _split(x):
+def _split(x: float) -> tuple[float, float]:
     hi = struct.unpack("f", struct.pack("f", x))[0]
     return hi, x - hi
 
 
-def _weights(divergence, beta):
+def _weights(divergence: str, beta: float) -> tuple[float, float]:
     """Of teacher and student in the mixture."""
     return (1 - beta, beta) if divergence == "skew_reverse_kl" else (beta, 1 - beta)
 
 
-def _far_limit(divergence, w_p, w_q):
+def _far_limit(divergence: str, w_p: float, w_q: float) -> float:
     """As in csrc/common/far.h."""
     if divergence in ("forward_kl", "reverse_kl"):
         return 1e30
@@ -76,7 +78,7 @@ def _far_limit(divergence, w_p, w_q):
     return 0.8 * -math.log(w_p if divergence == "skew_forward_kl" else w_q)
 
 
-def _far_unit(divergence, w_p, w_q, temperature):
+def _far_unit(divergence: str, w_p: float, w_q: float, temperature: float) -> float:
     if divergence == "reverse_kl":
         return 1 / temperature
     if divergence == "skew_forward_kl":
@@ -84,17 +86,17 @@ def _far_unit(divergence, w_p, w_q, temperature):
     return w_q * math.log(2) if divergence == "jsd" else math.log(2)
 
 
-def _far_offset(divergence, w_q):
+def _far_offset(divergence: str, w_q: float) -> float:
     if divergence == "jsd":
         return -math.log2(w_q)
     return -math.log2(w_q) - math.log2(math.e) if divergence == "skew_reverse_kl" else 0.0
 
 
-def _cap(scale, cap):
+def _cap(scale: float, cap: float) -> Cap:
     return Cap(scale, cap, scale / cap if cap else 0.0)
 
 
-def make_task(objective, want_terms, classes=None):
+def make_task(objective: Objective, want_terms: bool, classes: int | None = None) -> Task:
     """`classes`: V, where the objective counts the columns of a shard."""
     divergence, classes = objective.divergence, classes or objective.vocab_size
     w_p, w_q = _weights(divergence, objective.beta)

@@ -1,12 +1,14 @@
 """A teacher's predictions on disk: written once, read for as many students as you like.
 
+docs/cache.md says what is in the files, byte by byte.
+
+Example:
     with cache.Writer("teacher.cache", "topk:64", vocab_size=151_936, teacher="a name") as writer:
-        writer.add(ids, predictions)                  # ids (n,), a `TopK`, logits, ... of n rows
+        for ids in samples:  # (n,) each
+            writer.add(ids, predictions_for(ids))  # a `TopK`, logits, ... of n rows
 
     teacher = cache.open("teacher.cache")
-    loss = kd_loss(student_logits, teacher[ids], labels)          # ids (B, L)
-
-docs/cache.md says what is in the files, byte by byte.
+    loss = kd_loss(student_logits, teacher[input_ids], labels)  # input_ids (B, L)
 """
 
 from . import identity

@@ -6,14 +6,18 @@ process locks the shard it writes and nothing else: processes need not know of e
 
 import contextlib
 import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from .. import files as storage
+from ..files import Array
+from ..sources import LinearHead
 from . import kinds, manifest
 from .codec import Codec
 from .errors import CacheCorruptError, CacheMismatchError
-from .shard import NAME, Shard, ShardWriter
+from .shard import NAME, Facts, Shard, ShardWriter
 
 SHARD_TOKENS = 2**22  # what a process that is killed loses is less than a shard
 
@@ -30,7 +34,7 @@ class Build:
             what differs.
     """
 
-    def __init__(self, folder, description):
+    def __init__(self, folder: Path, description: Facts) -> None:
         self.folder, self.description = folder, description
         self.codec = Codec(description)
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,10 +42,10 @@ class Build:
             self._check(folder / manifest.FILE, manifest.load(folder).description)
         self.stored(0)
 
-    def is_published(self):
+    def is_published(self) -> bool:
         return (self.folder / manifest.FILE).exists()
 
-    def stored(self, number):
+    def stored(self, number: int) -> Shard | None:
         """The `Shard` of a number, or None where it is yet to be written, or damaged.
 
         Raises:
@@ -56,7 +60,7 @@ class Build:
         return shard if shard.number == number else None
 
     @contextlib.contextmanager
-    def shard(self, number):
+    def shard(self, number: int) -> Iterator[ShardWriter | None]:
         """-> a `ShardWriter`, or None where the shard is there or another process writes it."""
         path = self.folder / NAME.format(number)
         if self.stored(number) is not None:
@@ -77,7 +81,7 @@ class Build:
                 yield writer
                 writer.finish()
 
-    def publish(self, count, head=None):
+    def publish(self, count: int, head: LinearHead | None = None) -> bool:
         """Writes the manifest of `count` shards -> whether all of them are there.
 
         Args:
@@ -98,19 +102,19 @@ class Build:
                 self._lock_path(number).unlink(missing_ok=True)
         return True
 
-    def _lock(self, number):
+    def _lock(self, number: int) -> FileLock:
         return FileLock(self._lock_path(number))
 
-    def _lock_path(self, number):
+    def _lock_path(self, number: int) -> Path:
         return (self.folder / NAME.format(number)).with_suffix(".lock")
 
-    def _check(self, path, description):
+    def _check(self, path: Path, description: Facts) -> None:
         if description != self.description:
             manifest.check_same(path, description, self.description)
             raise CacheMismatchError(f"{path} is of another cache, which says more of itself")
 
 
-def cut(lengths, tokens):
+def cut(lengths: Sequence[int] | Array, tokens: int) -> list[tuple[int, int]]:
     """Samples in order, as shards: one ends where it has `tokens` or more.
 
     lengths: of the samples -> [(begin, end), ...]
@@ -124,7 +128,7 @@ def cut(lengths, tokens):
     return shards + [(begin, len(lengths))] * (begin < len(lengths))
 
 
-def _write_head(path, head):
+def _write_head(path: Path, head: LinearHead) -> Facts:
     storage.sweep(path)
     digest = hashlib.sha256()
     with storage.atomic(path) as file:

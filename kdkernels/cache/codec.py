@@ -1,12 +1,17 @@
 """`Codec`: samples and their predictions to blocks of a shard, and back."""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from ..files import Array
 from . import manifest, samples
 from .errors import Malformed
+from .samples import Content
 from .sections import Decompressor, number, pack, unpack
+from .shard import Facts, Shard
 
 
 class Codec:
@@ -17,18 +22,18 @@ class Codec:
         sample: one of `samples`.
     """
 
-    def __init__(self, description):
+    def __init__(self, description: Facts) -> None:
         self.kind = manifest.kind_of(description)
         self.sample = samples.kind_of(description["sample"])
         self.columns = self.sample.columns + self.kind.columns
         self.salt = manifest.salt(description)
         self.seed = description["seed"]
 
-    def key(self, content):
+    def key(self, content: bytes) -> bytes:
         """Bytes of a sample -> the key under which it is found."""
         return samples.key(self.salt, content)
 
-    def encode(self, ids, prediction):
+    def encode(self, ids: Any, prediction: Any) -> tuple[int, bytes]:
         """A sample and a prediction of its n rows -> (n, a block)"""
         rows, content, columns = self.sample.content(ids)
         # Of the sample, so that what is drawn for it does not depend on what came before.
@@ -40,7 +45,9 @@ class Codec:
                 raise ValueError(f"prediction must have {rows} rows, as ids, got {got}")
         return rows, pack(self.columns, columns)
 
-    def decode(self, contents, shards, places):
+    def decode(
+        self, contents: Sequence[Content], shards: Sequence[Shard], places: Array
+    ) -> dict[str, Any]:
         """The blocks of samples, at places of the shards' indices -> {name: (rows of all, k)}
 
         contents: of the samples, `sample.content`.
@@ -66,7 +73,7 @@ class Codec:
             shard.checked[place] = True
         return decoded
 
-    def check(self, shard, place):
+    def check(self, shard: Shard, place: int) -> Array:
         """The block at a place of a shard's index -> its sample's column, all having been checked.
 
         Raises:
@@ -79,17 +86,18 @@ class Codec:
         try:
             if self.key(sample.astype(column.dtype).tobytes()) != shard.key(place):
                 raise Malformed("its key is that of another sample")
-            self.kind.check(columns, self.kind.decode(columns))
+            decoded: Any = self.kind.decode(columns)
+            self.kind.check(columns, decoded)
         except Malformed as error:
             shard.damaged(place, error)
         shard.checked[place] = True
         return sample
 
-    def _unpacker(self):
+    def _unpacker(self) -> Callable[..., list[bytes]]:
         """-> a function (shard, place, rows that are wanted) -> [bytes of every section]"""
         decompressor = Decompressor()
 
-        def unpacked(shard, place, wanted=None):
+        def unpacked(shard: Shard, place: int, wanted: int | None = None) -> list[bytes]:
             rows = int(shard.lengths[place])
             if wanted is not None and rows != wanted:
                 shard.damaged(place, f"a sample of {rows} rows, {wanted} are wanted")
@@ -100,18 +108,21 @@ class Codec:
 
         return unpacked
 
-    def _decoded(self, sections, contents, unchecked):
+    def _decoded(
+        self, sections: list[bytes], contents: Sequence[Content], unchecked: bool
+    ) -> dict[str, Any]:
         columns = self._columns(sections)
         (column,) = self.sample.columns
         wanted = np.concatenate([arrays[column.name] for _, _, arrays in contents])
         if not np.array_equal(columns[column.name], wanted):
             raise Malformed("it is of another sample")
-        decoded = self.kind.decode(columns)
+        kind: Any = self.kind
+        decoded: dict[str, Any] = kind.decode(columns)
         if unchecked:
-            self.kind.check(columns, decoded)
+            kind.check(columns, decoded)
         return decoded
 
-    def _columns(self, sections):
+    def _columns(self, sections: list[bytes]) -> dict[str, Array]:
         """-> {name: numbers}"""
         found, k = {}, 0
         for column in self.columns:
@@ -120,7 +131,7 @@ class Codec:
         return found
 
 
-def _joined(blocks):
+def _joined(blocks: list[list[bytes]]) -> list[bytes]:
     """Sections of several blocks -> of all their rows together."""
     return (
         blocks[0] if len(blocks) == 1 else [b"".join(parts) for parts in zip(*blocks, strict=True)]

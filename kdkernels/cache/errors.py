@@ -1,5 +1,10 @@
 """What can be wrong with a cache."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 
 class CacheError(ValueError):
     """A cache that cannot be used, written or read; the text names it and says why."""
@@ -11,21 +16,31 @@ class CacheCorruptError(CacheError):
     Attributes:
         shard: the file's name.
         block: the number of its sample, or "header", "index", "footer", "file".
-        begin, end: the range of bytes in the file.
+        begin: where the range of bytes begins in the file.
+        end: where it ends.
     """
 
-    def __init__(self, text, shard=None, block=None, begin=None, end=None):
+    def __init__(
+        self,
+        text: str,
+        shard: str | None = None,
+        block: int | str | None = None,
+        begin: int | None = None,
+        end: int | None = None,
+    ) -> None:
         super().__init__(text)
         self.shard, self.block, self.begin, self.end = shard, block, begin, end
 
     @classmethod
-    def at(cls, path, block, begin, end, what):
+    def at(
+        cls, path: Path, block: int | str, begin: int, end: int, what: object
+    ) -> CacheCorruptError:
         """what: is wrong there."""
         where = f"block {block}" if isinstance(block, int) else block
         text = f"{path} is damaged: {where}, bytes {begin} to {end}: {what}"
         return cls(text, path.name, block, begin, end)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.shard, self.block, self.begin, self.end)
 
 

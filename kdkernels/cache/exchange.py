@@ -1,6 +1,8 @@
 """Predictions of other programs: JSON lines of log-probabilities, and NumPy's arrays of logits."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,10 +10,20 @@ import torch
 from ..files import atomic, begin_array, mapped_array
 from ..sources import TopK
 from .errors import CacheError
-from .writer import Writer
+from .reader import TeacherCache
+from .samples import Samples
+from .writer import Teacher, Writer
 
 
-def import_jsonl(path, file, kind, *, vocab_size, teacher, **options):
+def import_jsonl(
+    path: Path | str,
+    file: Path | str,
+    kind: str,
+    *,
+    vocab_size: int,
+    teacher: Teacher,
+    **options: Any,
+) -> None:
     """Log-probabilities that a server gave for texts -> a cache of kind topk.
 
     A line is a sample: a JSON object of one of these forms, and whatever else is in it.
@@ -49,7 +61,15 @@ def import_jsonl(path, file, kind, *, vocab_size, teacher, **options):
                     raise ValueError(f"{file}, line {number}: {error!r:.300}") from error
 
 
-def import_npy(path, file, inputs, kind="dense:fp32", *, teacher, **options):
+def import_npy(
+    path: Path | str,
+    file: Path | str,
+    inputs: Any,
+    kind: str = "dense:fp32",
+    *,
+    teacher: Teacher,
+    **options: Any,
+) -> None:
     """Logits of a .npy file, in the order of their inputs -> a cache that finds them by the inputs.
 
     Args:
@@ -84,7 +104,7 @@ def import_npy(path, file, inputs, kind="dense:fp32", *, teacher, **options):
             writer.add(ids, torch.from_numpy(np.atleast_2d(rows)))
 
 
-def export_npy(file, cache, inputs):
+def export_npy(file: Path | str, cache: TeacherCache, inputs: Samples) -> None:
     """Logits of a cache of kind dense -> a .npy file (N, V) or (N, L, V), float32 or float16.
 
     Args:
@@ -104,7 +124,8 @@ def export_npy(file, cache, inputs):
         raise ValueError("inputs must have a sample at least, got none")
     with atomic(file) as out:
         for k in range(len(inputs)):
-            logits = cache[inputs[k : k + 1]][0].cpu()
+            found: Any = cache[inputs[k : k + 1]]
+            logits = found[0].cpu()
             array = logits.float().numpy() if logits.dtype == torch.bfloat16 else logits.numpy()
             if not k:
                 first = array.shape
@@ -116,7 +137,7 @@ def export_npy(file, cache, inputs):
             out.write(np.ascontiguousarray(array).data)
 
 
-def _sample(line):
+def _sample(line: Any) -> tuple[torch.Tensor, TopK]:
     """-> token ids (n,), `TopK` of n rows"""
     if "prompt_logprobs" in line:
         tokens = line["prompt_token_ids"]
@@ -134,7 +155,7 @@ def _sample(line):
     return torch.tensor(tokens), TopK(ids, torch.tensor(logprobs, dtype=torch.float64))
 
 
-def _pairs(entries):
+def _pairs(entries: Any) -> tuple[list[int], list[float]]:
     """{"id": {"logprob": x}, ...} or {"id": x, ...} -> [ids], [log-probabilities]"""
     entries = entries or {}
     values = [x["logprob"] if isinstance(x, dict) else x for x in entries.values()]

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 PIECE = 2**24  # numbers that are hashed at a time
 
 
-def of_teacher(model, name):
+def of_teacher(model: nn.Module, name: str) -> dict[str, str]:
     """A model's weights, as a cache's description has them.
 
     The digest is the SHA-256 over the state dict, sorted by name: of every tensor a line of JSON,
@@ -44,7 +47,7 @@ def of_teacher(model, name):
     return {"name": name, "weights": digest.hexdigest(), "dtype": ", ".join(dtypes)}
 
 
-def of_tokenizer(tokenizer):
+def of_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """A tokenizer's vocabulary, as a cache's description has it.
 
     The digest is the SHA-256 of the JSON list of [id, token], sorted. How a text is split is not
@@ -67,8 +70,8 @@ def of_tokenizer(tokenizer):
         special.update((token, named.get(token)) for token in others)
     else:
         pairs = list(enumerate(tokenizer.vocab()))
-        roles = ("bos", "eos", "pad", "unk")
-        special = {f"{role}_token": getattr(tokenizer, f"{role}_id") for role in roles}
+        names = ("bos", "eos", "pad", "unk")
+        special = {f"{name}_token": getattr(tokenizer, f"{name}_id") for name in names}
     text = json.dumps(sorted(pairs), separators=(",", ":"))
     return {
         "digest": hashlib.sha256(text.encode()).hexdigest(),
@@ -77,13 +80,13 @@ def of_tokenizer(tokenizer):
     }
 
 
-def pieces(x):
+def pieces(x: Tensor) -> Iterator[Any]:
     """A tensor's bytes, little-endian and row by row, of `PIECE` numbers at a time."""
     for piece in x.detach().reshape(-1).split(PIECE):
         yield piece.cpu().contiguous().view(torch.uint8).numpy()
 
 
-def _shared_prefix(state):
+def _shared_prefix(state: Iterable[str]) -> int:
     """Characters of the dotted prefix that all names have."""
     parts = [name.split(".")[:-1] for name in state]
     count = 0
@@ -94,5 +97,5 @@ def _shared_prefix(state):
     return count
 
 
-def _dtype(x):
+def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")

@@ -4,12 +4,14 @@ does not name is not there."""
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from .. import files as storage
 from . import kinds, samples
 from .errors import CacheCorruptError, CacheError, CacheMismatchError, Malformed
-from .shard import LARGEST_JSON, canonical, opened, parsed
+from .shard import LARGEST_JSON, Facts, canonical, opened, parsed
 
 FILE = "manifest.json"
 HEAD = "head.safetensors"
@@ -20,7 +22,7 @@ DESCRIBED = (
     *("seed", "library"),
 )
 # What of it is to be said of whom, where it is said.
-IDENTITIES = {
+IDENTITIES: dict[str, dict[str, type]] = {
     "teacher": {"name": str},
     "tokenizer": {"digest": str, "size": int, "special_tokens": dict},
     "data": {},
@@ -33,13 +35,22 @@ class Manifest(NamedTuple):
     """description: dict; shards: [{"name", "bytes", "samples", "rows", "root"}]; files: [{"name",
     "bytes", "sha256"}]; checksum: hex, of all of it."""
 
-    description: dict
-    shards: list
-    files: list
+    description: Facts
+    shards: list[Facts]
+    files: list[Facts]
     checksum: str
 
 
-def describe(kind, *, sample="tokens", teacher, tokenizer=None, data=None, seed=0, library):
+def describe(
+    kind: kinds.Kind,
+    *,
+    sample: str = "tokens",
+    teacher: object,
+    tokenizer: object = None,
+    data: object = None,
+    seed: int = 0,
+    library: str,
+) -> Facts:
     """What a cache is: which predictions, of whom, for what, as it is read again.
 
     Raises:
@@ -65,7 +76,7 @@ def describe(kind, *, sample="tokens", teacher, tokenizer=None, data=None, seed=
     }
 
 
-def publish(folder, description, shards, files):
+def publish(folder: Path, description: Facts, shards: list[Facts], files: list[Facts]) -> None:
     """Writes the manifest: from then on the cache exists."""
     facts = {"description": description, "shards": shards, "files": files}
     content = canonical({**facts, "checksum": _checksum(facts)})
@@ -75,7 +86,7 @@ def publish(folder, description, shards, files):
         file.write(content)
 
 
-def load(folder):
+def load(folder: Path) -> Manifest:
     """The manifest of a directory.
 
     Raises:
@@ -105,17 +116,17 @@ def load(folder):
     return found
 
 
-def kind_of(description):
+def kind_of(description: Facts) -> kinds.Kind:
     """-> its `Kind`"""
     return kinds.of(description["kind"], description["vocab_size"])
 
 
-def salt(description):
+def salt(description: Facts) -> bytes:
     """What keys begin with: the teacher's identity."""
     return hashlib.sha256(canonical(description["teacher"])).digest()
 
 
-def check_same(path, found, wanted):
+def check_same(path: Path, found: Facts, wanted: Facts) -> None:
     """found: a description; wanted: the part of it that matters.
 
     Raises:
@@ -126,7 +137,7 @@ def check_same(path, found, wanted):
         raise CacheMismatchError(f"{path} is not the cache that is wanted: {'; '.join(wrong)}")
 
 
-def _differences(name, found, wanted):
+def _differences(name: str, found: object, wanted: object) -> Iterator[str]:
     if isinstance(wanted, dict) and isinstance(found, dict):
         for key, value in wanted.items():
             yield from _differences(f"{name}.{key}".lstrip("."), found.get(key), value)
@@ -134,7 +145,7 @@ def _differences(name, found, wanted):
         yield f"{name} is {found!r:.100}, wanted {wanted!r:.100}"
 
 
-def _check(manifest):
+def _check(manifest: Manifest) -> None:
     description = manifest.description
     if type(description["format"]) is not int or description["format"] != FORMAT:
         raise CacheError(f"a cache must be of format {FORMAT}, got {description['format']!r:.100}")
@@ -155,12 +166,12 @@ def _check(manifest):
     names = [facts["name"] for facts in manifest.shards]
     if len(set(names)) != len(names):
         raise Malformed("a shard twice")
-    heads = [(HEAD, kind.head)] if kind.name == "hidden" else []
+    heads = [(HEAD, kind.head)] if isinstance(kind, kinds.HiddenKind) else []
     if [(facts["name"], facts["sha256"]) for facts in manifest.files] != heads:
         raise Malformed(f"files must be {heads}")
 
 
-def _unidentified(description):
+def _unidentified(description: Facts) -> str | None:
     """What is wrong with its teacher, tokenizer or data, or None."""
     for name, wanted in IDENTITIES.items():
         facts = description[name]
@@ -173,7 +184,7 @@ def _unidentified(description):
     return None
 
 
-def _check_files(name, files, wanted):
+def _check_files(name: str, files: list[Facts], wanted: dict[str, type]) -> None:
     if type(files) is not list:
         raise Malformed(f"{name} must be a list")
     for facts in files:
@@ -181,5 +192,5 @@ def _check_files(name, files, wanted):
             raise Malformed(f"{name} must say {', '.join(wanted)}, got {facts!r:.200}")
 
 
-def _checksum(facts):
+def _checksum(facts: Facts) -> str:
     return hashlib.sha256(canonical(facts)).hexdigest()

@@ -1,17 +1,27 @@
 """`TeacherCache`: reads what a teacher predicted for the samples of a batch, wherever they lie."""
 
+from __future__ import annotations
+
 import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..sources import LinearHead
+from ..files import Array
+from ..sources import LinearHead, Sampled, Tail, TopK
 from . import kinds, manifest, samples
 from .codec import Codec
 from .errors import CacheCorruptError, CacheMismatchError, CacheMissError, Malformed
+from .samples import Content, Integers, Samples
 from .sections import zstd
-from .shard import Shard, halves, opened
+from .shard import Facts, Shard, halves, opened
+
+Stored: TypeAlias = TopK | Sampled | LinearHead | Tensor
 
 ROWS = 2048  # that are decoded at a time, of several samples
 
@@ -48,7 +58,14 @@ class TeacherCache:
         loss = kd_loss(student_logits, teacher[input_ids], labels)
     """
 
-    def __init__(self, path, *, tail=None, device="cpu", expect=None):
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        tail: Tail | None = None,
+        device: torch.device | str | int = "cpu",
+        expect: Facts | None = None,
+    ) -> None:
         zstd()  # before the first batch
         if tail is not None and tail not in kinds.TAILS:
             raise ValueError(f"tail must be one of {', '.join(kinds.TAILS)}, got {tail!r}")
@@ -69,21 +86,21 @@ class TeacherCache:
         self.bytes = sum(facts["bytes"] for facts in found.shards + found.files)
         self.to(device)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return sum(map(len, self.shards))
 
-    def __getitem__(self, ids):
+    def __getitem__(self, ids: Samples) -> Stored:
         """As `read`, without padding."""
         return self.read(ids)
 
-    def __contains__(self, ids):
+    def __contains__(self, ids: Any) -> bool:
         """ids: (n,) token ids of a sample."""
         return bool(self.has([ids])[0])
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _opened_again, (self.path, self.tail, self.device, self.checksum)
 
-    def to(self, device):
+    def to(self, device: torch.device | str | int) -> TeacherCache:
         """Puts the head, and from now on predictions, on a device -> itself."""
         self.device = torch.device(device)
         if self.head is not None:
@@ -95,7 +112,7 @@ class TeacherCache:
             )
         return self
 
-    def read(self, ids, mask=None):
+    def read(self, ids: Samples, mask: Integers | None = None) -> Stored:
         """What the teacher predicted, as `kd_loss` takes it.
 
         Args:
@@ -133,28 +150,28 @@ class TeacherCache:
             )
             if places is not None:
                 everywhere = found.new_full(
-                    (np.prod(shape), found.shape[1]), self.kind.padding[name]
+                    (math.prod(shape), found.shape[1]), self.kind.padding[name]
                 )
                 everywhere[torch.from_numpy(places)] = found
                 found = everywhere
             tensors[name] = found.view(*shape, found.shape[1]).to(self.device, non_blocking=True)
         return self.kind.source(tensors, self.tail, self.head)
 
-    def has(self, wanted):
+    def has(self, wanted: Samples) -> Array:
         """Samples, as `read` takes them -> (m,) bool: which of them are there."""
         wanted, _, _ = self._wanted(wanted, None)
         contents = [self.codec.sample.content(each) for each in wanted]
         shard, _ = self._find(contents)
         return shard >= 0
 
-    def samples(self):
+    def samples(self) -> Iterator[Tensor]:
         """The token ids (n,) of all samples, in the order in which they were stored; of a cache of
         values the SHA-256 of each."""
         for shard in self.shards:
             for place in shard.in_order():
                 yield torch.from_numpy(self.codec.check(shard, place).astype(np.int64))
 
-    def _wanted(self, ids, mask):
+    def _wanted(self, ids: Any, mask: Any) -> tuple[list[Any], tuple[int, ...], Array | None]:
         """-> samples, leading dimensions, and where in them the samples' rows are, or None where
         they fill them in order."""
         if self.codec.sample is samples.Values:
@@ -166,7 +183,7 @@ class TeacherCache:
             if mask is not None:
                 raise ValueError("mask goes with ids (B, L), got a list of samples")
             length = max(map(len, wanted), default=0)
-            places = [k * length + np.arange(len(each)) for k, each in enumerate(wanted)]
+            places: list[Any] = [k * length + np.arange(len(each)) for k, each in enumerate(wanted)]
             return wanted, (len(wanted), length), np.concatenate(places or [[]]).astype(np.int64)
         ids = samples.as_integers("ids", ids)
         if ids.ndim not in (1, 2):
@@ -186,7 +203,7 @@ class TeacherCache:
                     places.append(k * len(row) + np.arange(begin, end))
         return wanted, ids.shape, np.concatenate(places or [[]]).astype(np.int64)
 
-    def _find(self, contents):
+    def _find(self, contents: Sequence[Content]) -> tuple[Array, Array]:
         """-> (m,), (m,): the number of the shard, and the place in its index; −1: in none"""
         keys = halves([self.codec.key(content) for _, content, _ in contents])
         found, places = np.full(len(contents), -1), np.full(len(contents), -1)
@@ -199,7 +216,7 @@ class TeacherCache:
             found[here], places[here] = k, place[place >= 0]
         return found, places
 
-    def _missed(self, contents, shards):
+    def _missed(self, contents: Sequence[Content], shards: Array) -> None:
         first = int(np.flatnonzero(shards < 0)[0])
         rows, _, arrays = contents[first]
         begins = ", ".join(map(str, arrays[self.codec.sample.columns[0].name][:8].tolist()))
@@ -210,7 +227,7 @@ class TeacherCache:
         )
 
 
-def _groups(lengths):
+def _groups(lengths: Sequence[int]) -> Iterator[slice]:
     """Samples that are decoded at a time, as slices: what is in between fits into caches, and into
     memory that was used before."""
     begin, rows = 0, 0
@@ -222,7 +239,7 @@ def _groups(lengths):
     yield slice(begin, len(lengths))
 
 
-def _together(tensors, padding):
+def _together(tensors: list[Tensor], padding: int) -> Tensor:
     """(m, ·) each -> (Σ m, widest)"""
     if len(tensors) == 1:
         return tensors[0]
@@ -231,7 +248,9 @@ def _together(tensors, padding):
     return torch.cat([*wide])
 
 
-def verify(path, on_sample=None):
+def verify(
+    path: Path | str, on_sample: Callable[[int], object] | None = None
+) -> list[CacheCorruptError]:
     """Reads all of a cache -> a list of `CacheCorruptError`, one for each damaged block or file.
 
     Args:
@@ -265,7 +284,7 @@ def verify(path, on_sample=None):
     return errors
 
 
-def _open_shard(folder, description, number, facts):
+def _open_shard(folder: Path, description: Facts, number: int, facts: Facts) -> Shard:
     """A shard as the manifest names it."""
     path = folder / facts["name"]
     try:
@@ -280,7 +299,7 @@ def _open_shard(folder, description, number, facts):
     return shard
 
 
-def _read_head(folder, facts, kind):
+def _read_head(folder: Path, facts: Facts, kind: Any) -> LinearHead:
     """The file of a teacher's head -> a `LinearHead` without hidden states."""
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -307,7 +326,9 @@ def _read_head(folder, facts, kind):
     return LinearHead(weight.new_empty(0, kind.size), weight, bias)
 
 
-def _opened_again(path, tail, device, checksum):
+def _opened_again(
+    path: Path, tail: Tail | None, device: torch.device, checksum: str
+) -> TeacherCache:
     """In another process."""
     found = TeacherCache(path, tail=tail, device=device)
     if found.checksum != checksum:

@@ -1,14 +1,22 @@
 """What a sample is, and its key: of its content alone, whatever its place in data or a batch."""
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ..files import Array
 from .errors import Malformed
 from .sections import Column
 
 KEY = 16  # bytes
+
+Integers: TypeAlias = Tensor | Array | Sequence[int]  # a sample, or a batch of one length
+Samples: TypeAlias = Integers | Sequence[Integers]
+Content = tuple[int, bytes, dict[str, Array]]  # rows, bytes, {column: array}
 
 
 class Tokens:
@@ -17,7 +25,7 @@ class Tokens:
     columns = (Column("tokens", "<u4", 4),)
 
     @staticmethod
-    def content(ids):
+    def content(ids: Any) -> Content:
         """(n,) of any integer dtype -> (rows, bytes, {column: array})"""
         ids = as_integers("ids", ids)
         if ids.ndim != 1 or not ids.size:
@@ -34,7 +42,7 @@ class Values:
     columns = (Column("digest", "<u1", 1, times=32),)
 
     @staticmethod
-    def content(x):
+    def content(x: Any) -> Content:
         """A tensor of any shape -> (1, bytes, {column: array})"""
         x = torch.as_tensor(x).detach().cpu().contiguous()
         head = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}\n".encode()
@@ -43,21 +51,21 @@ class Values:
         return 1, digest.digest(), {"digest": np.frombuffer(digest.digest(), np.uint8)}
 
 
-KINDS = {"tokens": Tokens, "values": Values}
+KINDS: dict[str, type[Tokens] | type[Values]] = {"tokens": Tokens, "values": Values}
 
 
-def kind_of(name):
+def kind_of(name: str) -> type[Tokens] | type[Values]:
     if name not in KINDS:
         raise Malformed(f"sample must be one of {', '.join(KINDS)}, got {name!r}")
     return KINDS[name]
 
 
-def key(salt, content):
+def key(salt: bytes, content: bytes) -> bytes:
     """salt: bytes that stand for the teacher."""
     return hashlib.sha256(salt + content).digest()[:KEY]
 
 
-def as_integers(name, x):
+def as_integers(name: str, x: Any) -> Array:
     """A tensor, an array or a list -> an array of integers."""
     if isinstance(x, torch.Tensor):
         x = x.detach().cpu().numpy()

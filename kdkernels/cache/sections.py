@@ -6,10 +6,13 @@ each other they pack well. Floats, of which a row has one, are a section. A sect
 zstd, or its bytes as they are where that is hardly smaller, or nothing where all of them are 0.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from ..files import Array
 from .errors import Malformed
 
 COMPRESSED = 1 << 31  # in a section's size
@@ -21,7 +24,7 @@ LARGEST_RATIO, RATIO_FREE = 1024, 1 << 20
 GRID_FREE = 1 << 24  # the same of a block's rows times the entries of its widest, to all entries
 
 
-def zstd():
+def zstd() -> Any:
     """The module `zstandard`.
 
     Raises:
@@ -54,13 +57,13 @@ class Column:
     sections: int = field(init=False)
     unit: int = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Kept, not computed when asked: for a short sample it would be much of the reading.
         object.__setattr__(self, "sections", self.width if self.dtype[1] == "u" else 1)
         object.__setattr__(self, "unit", self.width // self.sections)
 
 
-def pack(columns, arrays):
+def pack(columns: Sequence[Column], arrays: Mapping[str, Any]) -> bytes:
     """arrays: {name: (n,) of the column's dtype, or of more dimensions} -> a block.
 
     Raises:
@@ -81,23 +84,26 @@ def pack(columns, arrays):
 class Decompressor:
     """Frames of zstd, for one thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         package = zstd()
         self.error, self.size_of = package.ZstdError, package.frame_content_size
         self.restore = package.ZstdDecompressor().decompress
 
-    def __call__(self, frame, wanted):
+    def __call__(self, frame: Any, wanted: int) -> bytes:
         """A frame -> that many bytes."""
         try:
             # Asked first: a frame may claim any size, and decompressing would allocate it.
             if self.size_of(frame) != wanted:
                 raise Malformed(f"a section of {self.size_of(frame)} bytes, {wanted} are wanted")
-            return self.restore(frame, allow_extra_data=False)
+            content: bytes = self.restore(frame, allow_extra_data=False)
         except self.error as error:
             raise Malformed(f"zstd: {error}") from error
+        return content
 
 
-def unpack(columns, block, rows, decompressor):
+def unpack(
+    columns: Sequence[Column], block: Any, rows: int, decompressor: Decompressor
+) -> list[bytes]:
     """A block of that many rows -> [bytes of every section].
 
     Raises:
@@ -108,7 +114,7 @@ def unpack(columns, block, rows, decompressor):
         raise Malformed(f"{len(block)} bytes, less than the sizes of {count} sections")
     sizes = np.frombuffer(block, "<u4", count).tolist()
     place, left = 4 * count, RATIO_FREE + LARGEST_RATIO * len(block)
-    entries, found = 0, []
+    entries, found = 0, list[bytes]()
     for column in columns:
         wanted = column.times * (rows if column.per == "row" else entries) * column.unit
         left -= wanted * column.sections
@@ -132,7 +138,7 @@ def unpack(columns, block, rows, decompressor):
     return found
 
 
-def number(column, planes):
+def number(column: Column, planes: Sequence[Any]) -> Array:
     """Sections of a column -> (n,) of its dtype."""
     if column.sections != column.width:
         return np.frombuffer(planes[0], column.dtype)
@@ -144,7 +150,7 @@ def number(column, planes):
     return numbers
 
 
-def _entries(counts):
+def _entries(counts: Array) -> int:
     """Of rows (n,) -> all of them; they are read as a grid (n, widest)."""
     rows, widest, entries = len(counts), counts.max(initial=0), int(counts.sum(dtype=np.int64))
     if rows * int(widest) > GRID_FREE + LARGEST_RATIO * entries:
@@ -152,7 +158,7 @@ def _entries(counts):
     return entries
 
 
-def _split(column, array):
+def _split(column: Column, array: Array) -> list[bytes]:
     array = np.ascontiguousarray(array, column.dtype).reshape(-1)
     if column.sections != column.width:
         return [array.tobytes()]
@@ -160,7 +166,7 @@ def _split(column, array):
     return [planes[:, k].tobytes() for k in range(column.width)]
 
 
-def _smallest(section, compressor):
+def _smallest(section: bytes, compressor: Any) -> tuple[int, bytes]:
     """-> (its size with a flag, its content)"""
     if section.count(0) == len(section):
         return 0, b""

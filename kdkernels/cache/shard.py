@@ -18,12 +18,18 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
+from ..files import Array
 from .errors import CacheCorruptError, CacheError, Malformed
 from .samples import KEY
 
+Facts = dict[str, Any]
+Bytes = bytes  # also where `Shard` has its own
 MAGIC, VERSION = b"KDKCACHE", 1
 LARGEST_JSON = 1 << 20
 LARGEST_ROWS = 1 << 24  # of a sample
@@ -36,13 +42,13 @@ ENTRY = np.dtype(
 NAME = "shard-{:05d}.kdc"
 
 
-def canonical(facts):
+def canonical(facts: Any) -> bytes:
     """The one way to write these facts as JSON."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode("ascii")
 
 
-def parsed(content):
+def parsed(content: bytes) -> Any:
     """Canonical JSON -> facts.
 
     Raises:
@@ -69,24 +75,25 @@ class ShardWriter:
         number: of the shard.
     """
 
-    def __init__(self, file, description, number):
+    def __init__(self, file: IO[bytes], description: Facts, number: int) -> None:
         header = canonical({"description": description, "shard": number})
         if len(header) > LARGEST_JSON:
             raise CacheError(
                 f"the description of a cache must fit into {LARGEST_JSON} bytes, got {len(header)}"
             )
-        self.file, self.entries, self.rows = file, {}, 0
+        self.file, self.rows = file, 0
+        self.entries: dict[bytes, tuple[bytes, int, int, int, bytes]] = {}
         self.root = hashlib.sha256()
         self._write(START.pack(MAGIC, VERSION, len(header)) + header)
 
-    def add(self, key, block, rows):
+    def add(self, key: bytes, block: bytes, rows: int) -> None:
         """key: 16 bytes of which none was added before; block: bytes; rows: of the sample."""
         checksum = hashlib.sha256(block).digest()[:CHECKSUM]
         self.entries[key] = (key, self.file.tell(), len(block), rows, checksum)
         self.rows += rows
         self.file.write(block)
 
-    def finish(self):
+    def finish(self) -> None:
         """Writes what comes after the blocks."""
         begin = self.file.tell()
         entries = np.array([self.entries[key] for key in sorted(self.entries)], ENTRY)
@@ -94,7 +101,7 @@ class ShardWriter:
         self._write(FOOTER.pack(begin, len(entries), self.rows, b"")[:-32])
         self.file.write(self.root.digest())
 
-    def _write(self, content):
+    def _write(self, content: bytes) -> None:
         self.root.update(content)
         self.file.write(content)
 
@@ -109,7 +116,7 @@ class Shard:
         OSError: it cannot be read.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.map = _mapped(path)
         size = len(self.map)
@@ -147,14 +154,14 @@ class Shard:
         self.checked = np.zeros(count, bool)
         self._check_index(begin, footer)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.index)
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         return len(self.map)
 
-    def find(self, high, low):
+    def find(self, high: Array, low: Array) -> Array:
         """The halves (m,) of keys -> (m,) where they are in the index, −1: nowhere."""
         place = np.searchsorted(self.high, high)
         found = np.full(len(high), -1)
@@ -169,7 +176,7 @@ class Shard:
             pending = pending[~same]
             place[pending] += 1
 
-    def block(self, place):
+    def block(self, place: int) -> memoryview:
         """Where it is in the index -> its bytes; their checksum counts until `checked` says so."""
         begin = int(self.offsets[place])
         end = begin + int(self.sizes[place])
@@ -184,23 +191,24 @@ class Shard:
                 self.damaged(place, "not what was written")
         return content
 
-    def key(self, place):
-        return self.index["key"][place].tobytes()
+    def key(self, place: int) -> Bytes:
+        key: Bytes = self.index["key"][place].tobytes()
+        return key
 
-    def in_order(self):
+    def in_order(self) -> Array:
         """Places in the index, in the order in which samples were written."""
         return np.argsort(self.index["offset"], kind="stable")
 
-    def damaged(self, place, what):
+    def damaged(self, place: int, what: object) -> NoReturn:
         """Raises CacheCorruptError for the block of an entry."""
         begin, size = int(self.index[place]["offset"]), int(self.index[place]["size"])
         number = int((self.index["offset"] < begin).sum())
         self._damaged(number, begin, begin + size, what)
 
-    def _damaged(self, block, begin, end, what):
+    def _damaged(self, block: int | str, begin: int, end: int, what: object) -> NoReturn:
         raise CacheCorruptError.at(self.path, block, begin, end, what)
 
-    def _check_index(self, begin, end):
+    def _check_index(self, begin: int, end: int) -> None:
         """Of a file whose checksums are right, but which somebody else made."""
         order = self.in_order()
         offsets, sizes = self.index["offset"][order], self.index["size"][order].astype(np.uint64)
@@ -217,13 +225,13 @@ class Shard:
             self._damaged("index", begin, end, "keys that are not sorted")
 
 
-def halves(keys):
+def halves(keys: Sequence[bytes]) -> tuple[Array, Array]:
     """A list of keys -> (m,), (m,) uint64: they compare as the keys do."""
     pairs = np.frombuffer(b"".join(keys), ">u8").reshape(-1, KEY // 8)
     return pairs[:, 0].astype("=u8"), pairs[:, 1].astype("=u8")
 
 
-def opened(path):
+def opened(path: Path) -> int:
     """A file of a cache, opened for reading -> its descriptor.
 
     Raises:
@@ -235,7 +243,7 @@ def opened(path):
     return os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
 
 
-def _mapped(path):
+def _mapped(path: Path) -> mmap.mmap:
     handle = opened(path)
     try:
         if not os.fstat(handle).st_size:

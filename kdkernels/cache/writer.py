@@ -1,16 +1,23 @@
 """`Writer`: stores predictions as they come, of a teacher that runs here or elsewhere."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from .. import __version__
 from ..checks import positive_int
+from ..sources import LinearHead, Tail
 from . import kinds, manifest
 from .build import SHARD_TOKENS, Build
 from .errors import CacheError
+from .samples import Samples
 from .sections import zstd
-from .shard import CHECKSUM, halves
+from .shard import CHECKSUM, Shard, ShardWriter, halves
+
+Teacher: TypeAlias = str | dict[str, Any]  # a name, or what `identity.of_teacher` returns
 
 
 class Writer:
@@ -45,19 +52,19 @@ class Writer:
 
     def __init__(
         self,
-        path,
-        kind,
+        path: Path | str,
+        kind: str,
         *,
-        vocab_size,
-        teacher,
-        tokenizer=None,
-        data=None,
-        head=None,
-        tail="bucket",
-        sample="tokens",
-        seed=0,
-        shard_tokens=SHARD_TOKENS,
-    ):
+        vocab_size: int,
+        teacher: Teacher,
+        tokenizer: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        head: LinearHead | None = None,
+        tail: Tail = "bucket",
+        sample: Literal["tokens", "values"] = "tokens",
+        seed: int = 0,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
         zstd()  # before the first prediction is made for nothing
         positive_int("shard_tokens", shard_tokens)
         if isinstance(teacher, str):
@@ -74,21 +81,22 @@ class Writer:
         )
         self.build = Build(Path(path), description)
         self.head, self.shard_tokens = head, shard_tokens
-        self.shards, self.written = [], set()  # those that are complete; numbers of its own
-        self.current = None  # `ShardWriter`
+        self.shards: list[Shard] = []  # those that are complete
+        self.written: set[int] = set()  # numbers of its own
+        self.current: ShardWriter | None = None
         self._take_up()
         self.stack = contextlib.ExitStack()
 
-    def __enter__(self):
+    def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind, *error):
+    def __exit__(self, kind: Any, *error: Any) -> None:
         if kind is not None:
             self.stack.__exit__(kind, *error)
         else:
             self.close()
 
-    def add(self, ids, prediction):
+    def add(self, ids: Samples, prediction: Any) -> None:
         """Stores a sample that is not stored yet.
 
         Args:
@@ -113,13 +121,12 @@ class Writer:
         rows, block = self.build.codec.encode(
             ids, prediction() if callable(prediction) else prediction
         )
-        if self.current is None:
-            self._begin()
-        self.current.add(key, block, rows)
-        if self.current.rows >= self.shard_tokens:
+        current = self.current or self._begin()
+        current.add(key, block, rows)
+        if current.rows >= self.shard_tokens:
             self._end()
 
-    def close(self):
+    def close(self) -> None:
         """Completes the last shard and publishes the cache.
 
         Raises:
@@ -134,23 +141,24 @@ class Writer:
             )
         self.build.publish(len(self.shards), self.head)
 
-    def _begin(self):
+    def _begin(self) -> ShardWriter:
         self.current = self.stack.enter_context(self.build.shard(len(self.shards)))
         if self.current is None:
             raise CacheError(f"{self.build.folder} is being written by another process")
+        return self.current
 
-    def _end(self):
+    def _end(self) -> None:
         self.stack.close()
         self.current = None
         self.written.add(len(self.shards))
         self._take_up()
 
-    def _take_up(self):
+    def _take_up(self) -> None:
         """The complete shards that come next."""
         while (shard := self.build.stored(len(self.shards))) is not None:
             self.shards.append(shard)
 
-    def _checksum(self, key):
+    def _checksum(self, key: bytes) -> bytes | None:
         """Of the block that is stored for a key; b"" where it was before this began; None where
         there is none."""
         if self.current is not None and key in self.current.entries:
@@ -162,7 +170,7 @@ class Writer:
                 return checksum if number in self.written else b""
         return None
 
-    def _check_same(self, ids, prediction, checksum):
+    def _check_same(self, ids: Any, prediction: Any, checksum: bytes) -> None:
         _, block = self.build.codec.encode(ids, prediction)
         if checksum and hashlib.sha256(block).digest()[:CHECKSUM] != checksum:
             raise ValueError(f"ids {list(ids[:8])}… came before, with another prediction")

@@ -1,12 +1,15 @@
 """A teacher's logits as NumPy arrays: never pickled, written atomically."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from ..files import atomic, mapped_array
 
 
-def save_logits(path, logits):
+def save_logits(path: Path | str, logits: torch.Tensor) -> None:
     """Writes logits (N, ..., V), any float dtype of NumPy's, as a .npy file.
 
     Raises:
@@ -16,7 +19,7 @@ def save_logits(path, logits):
         np.save(file, logits.detach().cpu().numpy(), allow_pickle=False)
 
 
-def load_logits(path, shape):
+def load_logits(path: Path | str, shape: Sequence[int]) -> torch.Tensor:
     """Reads a teacher's logits from a .npy file -> float32 tensor of `shape`.
 
     Raises:

@@ -3,15 +3,18 @@
 So that a run that is resumed at a step sees what it would have seen: nothing has to be remembered.
 """
 
+from __future__ import annotations
+
 import itertools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 
-def of(inputs, labels, workers):
+def of(inputs: Inputs, labels: Tensor | None, workers: int) -> InMemory | Streamed:
     """Tensors in memory, or a `Dataset`."""
     if isinstance(inputs, torch.Tensor):
         return InMemory(inputs, labels)
@@ -21,14 +24,14 @@ def of(inputs, labels, workers):
 class Batch(NamedTuple):
     """Examples of a step, or a part of them."""
 
-    rows: torch.Tensor  # (B,) int64, on the CPU: which examples of the data set
+    rows: Tensor  # (B,) int64, on the CPU: which examples of the data set
     inputs: Any  # (B, ...), or a dict of such tensors: what the models are called with
-    labels: torch.Tensor | None  # (B, ...)
+    labels: Tensor | None  # (B, ...)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def split(self, parts):
+    def split(self, parts: int) -> list[Batch]:
         """Up to `parts` batches of as equal a length as can be; none is empty."""
         if parts == 1:
             return [self]
@@ -36,17 +39,21 @@ class Batch(NamedTuple):
         pieces = zip(*(_split(x, sizes) for x in self), strict=True)
         return [Batch(*piece) for piece in pieces]
 
-    def to(self, device):
-        moved = (_map(x, lambda tensor: tensor.to(device, non_blocking=True)) for x in self[1:])
-        return Batch(self.rows, *moved)
+    def to(self, device: torch.device | str) -> Batch:
+        def move(x: Any) -> Any:  # what is no tensor, a longest length say, goes along
+            return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+
+        return Batch(self.rows, *(_map(x, move) for x in self[1:]))
 
 
-def steps_per_epoch(count, batch_size, least=1):
+def steps_per_epoch(count: int, batch_size: int, least: int = 1) -> int:
     """Batches of an epoch; one of fewer than `least` rows at its end is left out."""
     return count // batch_size + (count % batch_size >= least)
 
 
-def rows_from(step, count, batch_size, seed, processes=1, process=0):
+def rows_from(
+    step: int, count: int, batch_size: int, seed: int, processes: int = 1, process: int = 0
+) -> Iterator[Tensor]:
     """Rows (B,) of step after step, from one on: every epoch has every row once, in a new order.
 
     The last batch of an epoch may be smaller. Each of several processes gets its part of a batch;
@@ -61,7 +68,7 @@ def rows_from(step, count, batch_size, seed, processes=1, process=0):
                 yield rows.tensor_split(processes)[process]
 
 
-def least_rows(step, count, batch_size, processes=1):
+def least_rows(step: int, count: int, batch_size: int, processes: int = 1) -> int:
     """How many rows of a step's batch each of several processes has, or one more."""
     place = step % steps_per_epoch(count, batch_size, processes)
     return min(batch_size, count - place * batch_size) // processes
@@ -70,13 +77,13 @@ def least_rows(step, count, batch_size, processes=1):
 class InMemory:
     """Tensors: inputs (N, ...) and labels (N, ...) or None."""
 
-    def __init__(self, inputs, labels):
+    def __init__(self, inputs: Tensor, labels: Tensor | None) -> None:
         self.inputs, self.labels = inputs, labels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.inputs)
 
-    def batches(self, all_rows):
+    def batches(self, all_rows: Iterator[Tensor]) -> Iterator[Batch]:
         """all_rows: an iterator of (B,) -> an iterator of `Batch`."""
         for rows in all_rows:
             here = rows.to(self.inputs.device)
@@ -96,13 +103,19 @@ class Streamed:
         collate: examples in a list -> a batch of them; default: PyTorch's, which stacks.
     """
 
-    def __init__(self, dataset, workers=0, collate=default_collate):
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        workers: int = 0,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ) -> None:
         self.dataset, self.workers, self.collate = dataset, workers, collate
 
-    def __len__(self):
-        return len(self.dataset)
+    def __len__(self) -> int:
+        dataset: Any = self.dataset  # which has a length, being map-style
+        return len(dataset)
 
-    def batches(self, all_rows):
+    def batches(self, all_rows: Iterator[Tensor]) -> Iterator[Batch]:
         """all_rows: an iterator of (B,) -> an iterator of `Batch`."""
         loader = DataLoader(
             _Numbered(self.dataset),
@@ -113,7 +126,7 @@ class Streamed:
         )
         yield from loader
 
-    def _collate(self, numbered):
+    def _collate(self, numbered: Any) -> Batch:
         rows, examples = zip(*numbered, strict=True)
         batch, labels = self.collate(list(examples)), None
         if isinstance(batch, Mapping):
@@ -128,24 +141,27 @@ class Streamed:
         return Batch(torch.tensor(rows), batch, labels)
 
 
-class _Numbered(Dataset):
+Inputs: TypeAlias = Tensor | Dataset[Any] | Streamed  # as `of` takes them
+
+
+class _Numbered(Dataset[Any]):
     """Examples together with their numbers, for reports."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> tuple[int, Any]:
         return row, self.dataset[row]
 
 
-def _split(x, sizes):
+def _split(x: Any, sizes: list[int]) -> list[Any]:
     if isinstance(x, Mapping):
         split = {key: each.split(sizes) for key, each in x.items()}
         return [{key: each[k] for key, each in split.items()} for k in range(len(sizes))]
     return [None] * len(sizes) if x is None else x.split(sizes)
 
 
-def _map(x, function):
+def _map(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(x, Mapping):
         return {key: function(each) for key, each in x.items()}
     return None if x is None else function(x)

@@ -1,33 +1,50 @@
 """A teacher that runs here into a cache: once over the data, by one process or by many."""
 
+from __future__ import annotations
+
 import os
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from .. import __version__
 from ..cache import CacheMismatchError, TeacherCache, build, identity, kinds, manifest
+from ..cache.codec import Codec
 from ..cache.samples import KEY
 from ..cache.sections import zstd
+from ..cache.shard import NAME
 from ..source_rows import flat, map_rows
-from ..sources import LinearHead
+from ..sources import LinearHead, Tail
 from . import checks, failures
 from .batches import Streamed
 from .engine import is_sharded, whole
 from .predictions import inference, predict_with
 
+OnProgress: TypeAlias = Callable[[int], object]
+
 WAIT = 0.2  # seconds between two looks at what other processes have written
 KEYS = {"input_ids", "attention_mask", "labels"}  # of examples
 
 
-def write_cache(path, teacher, inputs, kind="topk:64", *, on_progress=None, **options):
+def write_cache(
+    path: Path | str,
+    teacher: nn.Module,
+    inputs: Tensor | Dataset[Any],
+    kind: str = "topk:64",
+    *,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> TeacherCache:
     """Writes what a teacher predicts for all samples of a data set -> `TeacherCache`.
 
     Killed and started again, it goes on with the shards that are missing; the files are those of a
@@ -65,7 +82,7 @@ def write_cache(path, teacher, inputs, kind="topk:64", *, on_progress=None, **op
 
     Example:
         cache = write_cache("teacher.cache", HiddenStates(model), blocks, "topk:64")
-        Distiller(student, cache, blocks, loss=KDLoss())
+        distiller = Distiller(student, cache, blocks, loss=KDLoss())
     """
     return Capture(path, teacher, inputs, kind, **options).run(on_progress)
 
@@ -79,20 +96,20 @@ class Capture:
 
     def __init__(
         self,
-        path,
-        teacher,
-        inputs,
-        kind="topk:64",
+        path: Path | str,
+        teacher: nn.Module,
+        inputs: Tensor | Dataset[Any],
+        kind: str = "topk:64",
         *,
-        vocab_size=None,
-        tokenizer=None,
-        data=None,
-        name=None,
-        batch_size=8,
-        tail="bucket",
-        seed=0,
-        shard_tokens=build.SHARD_TOKENS,
-    ):
+        vocab_size: int | None = None,
+        tokenizer: Any = None,
+        data: dict[str, Any] | None = None,
+        name: str | None = None,
+        batch_size: int = 8,
+        tail: Tail = "bucket",
+        seed: int = 0,
+        shard_tokens: int = build.SHARD_TOKENS,
+    ) -> None:
         zstd()  # before the first prediction is made for nothing
         checks.instance("teacher", teacher, nn.Module, "a torch.nn.Module")
         checks.data(inputs, None)
@@ -128,19 +145,20 @@ class Capture:
             self.head = _cut(self.head, vocab_size)
             if self.is_sharded:  # its memory is freed when it is sharded again
                 bias = self.head.bias
-                own = dict(
+                own: Any = dict(
                     weight=self.head.weight.clone(), bias=bias if bias is None else bias.clone()
                 )
                 self.head = replace(self.head, **own)
         found = kinds.parse(kind, vocab_size, tail=tail, head=self.head)
         if tokenizer is not None:
             tokenizer = identity.of_tokenizer(tokenizer)
+        named: Any = _Whole(teacher)  # as much of a module as is asked for
         self.build = build.Build(
             self.path,
             manifest.describe(
                 found,
                 sample="values" if are_values else "tokens",
-                teacher=identity.of_teacher(_Whole(teacher), name or type(teacher).__name__),
+                teacher=identity.of_teacher(named, name or type(teacher).__name__),
                 tokenizer=tokenizer,
                 data=data,
                 seed=seed,
@@ -151,7 +169,7 @@ class Capture:
         self.shards = build.cut(self.samples.lengths, shard_tokens)
         self.tokens = int(self.samples.lengths.sum())
 
-    def run(self, on_progress=None):
+    def run(self, on_progress: OnProgress | None = None) -> TeacherCache:
         """-> the `TeacherCache`, complete"""
         on_progress = on_progress or (lambda done: None)
         with failures.shared():
@@ -164,7 +182,7 @@ class Capture:
             lock.unlink(missing_ok=True)
         return TeacherCache(self.path)
 
-    def _run_apart(self, on_progress):
+    def _run_apart(self, on_progress: OnProgress) -> None:
         rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
         left = sorted(range(len(self.shards)), key=lambda number: number % world != rank)
         while left:
@@ -173,11 +191,11 @@ class Capture:
             if left:
                 time.sleep(WAIT)
 
-    def _run_together(self, on_progress):
+    def _run_together(self, on_progress: OnProgress) -> None:
         """In rounds, of a shard for each process: every call gathers the teacher's weights, so that
         those with fewer batches, or none, ask for some once more."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        left = range(len(self.shards))
+        left = list(range(len(self.shards)))
         while left := self._left(left):
             on_progress(self.stored())
             now, before = left[:world], self.calls
@@ -188,20 +206,20 @@ class Capture:
                 while self.calls < most:
                     self._predict([self.samples.content(*self.samples.places[0])])
 
-    def _left(self, numbers):
+    def _left(self, numbers: Sequence[int]) -> list[int]:
         """Those of shards that are not there when all have come here, as process 0 sees it."""
         dist.barrier()
         found = [[number for number in numbers if not self._is_stored(number)]]
         dist.broadcast_object_list(found)
         return found[0]
 
-    def stored(self):
+    def stored(self) -> int:
         """Tokens of the shards that somebody has written."""
-        paths = (self.path / build.NAME.format(number) for number in range(len(self.shards)))
+        paths = (self.path / NAME.format(number) for number in range(len(self.shards)))
         there = (x for x, path in zip(self.shards, paths, strict=True) if path.exists())
         return int(sum(self.samples.lengths[begin:end].sum() for begin, end in there))
 
-    def _write(self, number, on_progress):
+    def _write(self, number: int, on_progress: OnProgress) -> bool:
         """A shard -> whether it is there: another process may be writing it."""
         with self.build.shard(number) as writer:
             if writer is None:
@@ -212,13 +230,13 @@ class Capture:
                     contents = [self.samples.content(*self.samples.places[k]) for k in batch]
                     prediction = self._predict(contents)
                     for place, k in enumerate(batch):
-                        mine = map_rows(prediction, lambda x, at=place: flat(x[at : at + 1]))
+                        mine = map_rows(prediction, partial(_row, place))
                         rows, block = self.build.codec.encode(contents[place], mine)
                         writer.add(self.samples.keys[k].tobytes(), block, rows)
                     on_progress(done + writer.rows)
         return True
 
-    def _is_stored(self, number):
+    def _is_stored(self, number: int) -> bool:
         """Raises CacheMismatchError: a shard is there, of other samples."""
         shard = self.build.stored(number)
         if shard is None:
@@ -231,7 +249,7 @@ class Capture:
             )
         return True
 
-    def _batches(self, number):
+    def _batches(self, number: int) -> Iterator[range]:
         """Samples of a shard, by number: of one length, in order, from its first on."""
         begin, end = self.shards[number]
         lengths = self.samples.lengths[begin:end]
@@ -241,7 +259,7 @@ class Capture:
                 yield range(begin, min(begin + self.batch_size, last))
                 begin = min(begin + self.batch_size, last)
 
-    def _predict(self, contents):
+    def _predict(self, contents: list[Tensor]) -> Any:
         """A list of ids (n,) -> what the teacher says of them: (B, n, ...); of values (B, ...)"""
         self.calls += 1
         batch = torch.stack(contents).to(self.device)
@@ -249,22 +267,23 @@ class Capture:
         return predict_with(self.teacher, inputs)
 
 
-class _Whole(Mapping):
+class _Whole(Mapping[str, Tensor]):
     """A model whose state dict has a sharded tensor gathered when it is looked at, by all."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         self.parameters, self.state = model.parameters, model.state_dict()
 
-    def state_dict(self):
+    def state_dict(self) -> _Whole:
         return self
 
-    def __getitem__(self, name):
-        return whole(self.state[name])
+    def __getitem__(self, name: str) -> Tensor:
+        found: Tensor = whole(self.state[name])
+        return found
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.state)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.state)
 
 
@@ -274,11 +293,11 @@ class _Samples:
     places: (M, 3): example, first token, last token + 1; lengths: (M,); keys: (M,), of 16 bytes.
     """
 
-    def __init__(self, inputs):
+    def __init__(self, inputs: Any) -> None:
         self.inputs = inputs
         self.named = not isinstance(inputs, torch.Tensor) and isinstance(inputs[0], Mapping)
 
-    def find(self, codec):
+    def find(self, codec: Codec) -> None:
         """codec: of the cache, which says what a key is."""
         places, keys = array("q"), bytearray()
         for example in range(len(self.inputs)):
@@ -286,23 +305,24 @@ class _Samples:
                 places.extend((example, begin, end))
                 _, content, _ = codec.sample.content(self.content(example, begin, end))
                 keys += codec.key(content)
-        keys = np.frombuffer(bytes(keys), f"V{KEY}")
-        if not len(keys):
+        found = np.frombuffer(bytes(keys), f"V{KEY}")
+        if not len(found):
             raise ValueError("inputs must have a token that counts, all are masked")
-        first = np.sort(np.unique(keys, return_index=True)[1])
+        first = np.sort(np.unique(found, return_index=True)[1])
         self.places = np.array(places).reshape(-1, 3)[first]
-        self.keys, self.lengths = keys[first], np.diff(self.places[:, 1:])[:, 0]
+        self.keys, self.lengths = found[first], np.diff(self.places[:, 1:])[:, 0]
 
-    def content(self, example, begin=0, end=None):
+    def content(self, example: int, begin: int = 0, end: int | None = None) -> Tensor:
         """-> (n,)"""
         return self._example(example)[0][begin:end]
 
-    def _cut(self, example):
+    def _cut(self, example: int) -> list[tuple[int, int]]:
         return _runs(*self._example(example))
 
-    def _example(self, number):
+    def _example(self, number: int) -> tuple[Tensor, Tensor | None]:
         """-> its ids (L,) and its mask (L,) or None"""
-        found, mask = self.inputs[int(number)], None
+        found: Any = self.inputs[int(number)]
+        mask: Any = None
         if isinstance(found, Mapping):
             if unknown := sorted(found.keys() - KEYS):
                 raise ValueError(
@@ -330,31 +350,37 @@ class _Samples:
 class _Values(_Samples):
     """Tensors that are a sample each."""
 
-    def content(self, example, begin=0, end=None):
+    def content(self, example: int, begin: int = 0, end: int | None = None) -> Tensor:
         """-> (...)"""
-        return self.inputs[int(example)]
+        found: Tensor = self.inputs[int(example)]
+        return found
 
-    def _cut(self, example):
+    def _cut(self, example: int) -> list[tuple[int, int]]:
         return [(0, 1)]
 
 
-def _runs(ids, mask):
+def _runs(ids: Tensor, mask: Tensor | None) -> list[tuple[int, int]]:
     """(begin, end) of tokens beside each other that have the same number in the mask, not 0."""
     if mask is None:
         return [(0, len(ids))]
-    mask = mask.numpy()
-    ends = [*np.flatnonzero(np.diff(mask)) + 1, len(mask)]
+    numbers = mask.numpy()
+    ends = [*np.flatnonzero(np.diff(numbers)) + 1, len(numbers)]
     pairs = zip([0, *ends], ends, strict=False)
-    return [(begin, end) for begin, end in pairs if begin < end and mask[begin]]
+    return [(begin, end) for begin, end in pairs if begin < end and numbers[begin]]
 
 
-def _cut(head, classes):
+def _row(place: int, x: Tensor) -> Tensor:
+    """Of x (B, n, ·) or (B, ·), the rows of one sample: (n, ·) or (1, ·)."""
+    return flat(x[place : place + 1])
+
+
+def _cut(head: LinearHead, classes: int) -> LinearHead:
     """A `LinearHead` without the rows that are padding."""
     bias = None if head.bias is None else head.bias[:classes]
     return replace(head, weight=head.weight[:classes], bias=bias)
 
 
-def _classes(prediction):
+def _classes(prediction: Any) -> int | None:
     """Of logits and heads; None of what does not say it."""
     if isinstance(prediction, LinearHead):
         return len(prediction.weight)

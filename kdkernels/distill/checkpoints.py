@@ -15,6 +15,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,11 +40,11 @@ class Checkpoints:
         keep: how many of the newest stay, at least 1.
     """
 
-    def __init__(self, folder, keep=2):
+    def __init__(self, folder: Path | str, keep: int = 2) -> None:
         self.folder = Path(folder)
         self.keep = keep
 
-    def save(self, step, state):
+    def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes the checkpoint of a step -> its path. Then older ones than `keep` are deleted, and
         those of later steps.
 
@@ -55,7 +56,7 @@ class Checkpoints:
         """
         from safetensors.torch import save_file
 
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         packed = json.dumps(_pack(state, tensors)).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
@@ -84,7 +85,7 @@ class Checkpoints:
             shutil.rmtree(old)
         return final
 
-    def paths(self):
+    def paths(self) -> list[Path]:
         """The directories of all checkpoints, the newest first; none is opened."""
         found = []
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
@@ -92,7 +93,7 @@ class Checkpoints:
                 found.append((int(match[1]), path))
         return [path for _, path in sorted(found, reverse=True)]
 
-    def load(self):
+    def load(self) -> tuple[int, Any] | None:
         """The newest checkpoint that is whole -> (step, state), or None where there is none at all.
 
         Warns of every newer one that is not. Tensors are on the CPU.
@@ -114,14 +115,14 @@ class Checkpoints:
             raise CheckpointError("no checkpoint can be used: " + "; ".join(wrong))
         return None
 
-    def _sweep(self):
+    def _sweep(self) -> None:
         """Deletes what processes that were killed left half written."""
         for path in self.folder.iterdir():
             if path.name.startswith(PARTIAL):
                 shutil.rmtree(path)
 
 
-def load(path):
+def load(path: Path | str) -> tuple[int, Any]:
     """A checkpoint's directory -> (step, state).
 
     Raises:
@@ -148,9 +149,9 @@ def load(path):
     return manifest["step"], _unpack(json.loads(content[STATE]), tensors)
 
 
-def _manifest(path):
+def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
         checksum = manifest.pop("checksum")
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: {MANIFEST} cannot be read: {error}") from error
@@ -167,16 +168,16 @@ def _manifest(path):
     return manifest
 
 
-def _checksum(manifest):
+def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _facts(path):
+def _facts(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _pack(value, tensors):
+def _pack(value: object, tensors: dict[str, torch.Tensor]) -> Any:
     """What JSON can hold; tensors go to `tensors`, by name."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
@@ -202,7 +203,7 @@ def _pack(value, tensors):
     )
 
 
-def _unpack(value, tensors):
+def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_unpack(each, tensors) for each in value]
     if not isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,28 +14,28 @@ from .batches import Streamed
 from .predictions import SeveralTeachers, found_by
 
 
-def instance(name, value, kind, wanted):
+def instance(name: str, value: object, kind: type, wanted: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
-def integer(name, value, low=None, high=None):
+def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if high is not None and not low <= value <= high:
+    if low is not None and high is not None and not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
     if low is not None and value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
 
 
-def positive(name, value):
+def positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def installed(*packages):
+def installed(*packages: str) -> None:
     """Packages of the extra `train`, before the work that needs them in the end."""
     for package in packages:
         try:
@@ -43,7 +44,7 @@ def installed(*packages):
             raise ImportError(f"{error}: pip install 'kdkernels[train]'") from error
 
 
-def single_loss(loss):
+def single_loss(loss: Any) -> None:
     """A loss that is one number to descend."""
     instance("loss", loss, KDLoss, "a kdkernels.KDLoss")
     for option, wrong in (("reduction", "none"), ("return_terms", True)):
@@ -51,20 +52,21 @@ def single_loss(loss):
             raise ValueError(f"loss must return a single number, got {option}={wrong!r}")
 
 
-def reads_teacher(loss, labels):
+def reads_teacher(loss: KDLoss[Any], labels: torch.Tensor | None) -> bool:
     """Whether the teacher enters the loss: without labels it is T² · D, whatever alpha is."""
     return labels is None or loss.options["alpha"] > 0
 
 
-def data(inputs, labels):
+def data(inputs: Any, labels: torch.Tensor | None) -> None:
     """inputs (N, ...), labels (N, ...) or None; the loss checks the rest of the labels. Or a map-
     style data set, whose examples have their own."""
     if isinstance(inputs, (Dataset, Streamed)):
+        examples: Any = inputs
         if labels is not None:
             raise ValueError("labels must be None for a Dataset, whose examples have their own")
         if isinstance(inputs, IterableDataset):
             raise TypeError("inputs must be a map-style Dataset, got an IterableDataset")
-        if len(inputs) == 0:
+        if len(examples) == 0:
             raise ValueError("inputs must have an example at least, got an empty Dataset")
         return
     instance("inputs", inputs, torch.Tensor, "a tensor (N, ...) or a torch Dataset")
@@ -75,7 +77,7 @@ def data(inputs, labels):
         _one_row_each("labels", labels, inputs)
 
 
-def teacher(given, inputs, labels, loss):
+def teacher(given: Any, inputs: Any, labels: torch.Tensor | None, loss: Any) -> None:
     """A module, its predictions for all inputs or a cache of them, several teachers, or None where
     none is read."""
     wanted = (
@@ -109,7 +111,7 @@ def teacher(given, inputs, labels, loss):
             )
 
 
-def _one_row_each(name, value, inputs):
+def _one_row_each(name: str, value: torch.Tensor, inputs: Any) -> None:
     if value.dim() == 0 or len(value) != len(inputs):
         raise ValueError(
             f"{name} must have a row for each of the {len(inputs)} inputs, got shape "

@@ -4,24 +4,41 @@ The loss is `kdkernels.kd_loss` and, where asked, hints; a network without a tea
 the same loop with alpha = 0, where the loss does not read the teacher.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import functools
 import math
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cache import CacheMismatchError
 from ..functional import kd_loss
+from ..modules import KDLoss
 from ..source_rows import detached, rows_of, to_device
 from . import batches, checks, engine, failures, interrupt, randomness
-from .evaluation import evaluate
-from .hints import Recorder
+from .batches import Batch
+from .checkpoints import Checkpoints
+from .evaluation import Evaluation, evaluate
+from .hints import Hint, Recorder
 from .hints import check as check_hints
 from .history import History, Meter
-from .predictions import as_teacher, checksum, inference, predict_with
+from .predictions import Teacher, as_teacher, checksum, inference, predict_with
+from .validation import Scores
+
+
+class Log(Protocol):
+    """What `train` writes every recording to: `logs` has some."""
+
+    def write(self, step: int, values: dict[str, float]) -> object: ...
+
+
+Test: TypeAlias = tuple[Tensor, Tensor] | Callable[[nn.Module], Evaluation | Scores]
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 
@@ -88,29 +105,30 @@ class Distiller:
 
     def __init__(
         self,
-        student,
-        teacher,
-        inputs,
-        labels=None,
+        student: nn.Module,
+        teacher: Teacher | None,
+        inputs: batches.Inputs,
+        labels: Tensor | None = None,
         *,
-        loss,
-        optimizer=ADAM,
-        scheduler=None,
-        batch_size=None,
-        accumulate=1,
-        clip_norm=None,
-        hints=(),
-        alpha_warmup=0,
-        workers=0,
-        accelerator=None,
-        seed=0,
-    ):
+        loss: KDLoss,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = ADAM,
+        scheduler: Callable[[Any], Any] | None = None,
+        batch_size: int | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        hints: Sequence[Hint] = (),
+        alpha_warmup: int = 0,
+        workers: int = 0,
+        accelerator: Any = None,
+        seed: int = 0,
+    ) -> None:
         checks.instance("student", student, nn.Module, "a torch.nn.Module")
         checks.single_loss(loss)
         checks.data(inputs, labels)
         checks.teacher(teacher, inputs, labels, loss)
         check_hints(hints, teacher)
-        batch_size = len(inputs) if batch_size is None else batch_size
+        examples: Any = inputs  # which have a length
+        batch_size = len(examples) if batch_size is None else batch_size
         checks.integer("batch_size", batch_size, low=1)
         checks.integer("accumulate", accumulate, low=1)
         checks.integer("alpha_warmup", alpha_warmup, low=0)
@@ -120,10 +138,10 @@ class Distiller:
             checks.positive("clip_norm", clip_norm)
 
         self.engine = engine.of(accelerator, student)
-        if min(batch_size, len(inputs)) < self.engine.num_processes:
+        if min(batch_size, len(examples)) < self.engine.num_processes:
             raise ValueError(
                 f"batch_size and inputs must have an example for each of the "
-                f"{self.engine.num_processes} processes, got {batch_size} and {len(inputs)}"
+                f"{self.engine.num_processes} processes, got {batch_size} and {len(examples)}"
             )
         self.data = batches.of(inputs, labels, workers)
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
@@ -139,20 +157,20 @@ class Distiller:
         self.scheduler = scheduler and scheduler(built)
         self.history, self.meter = History(), Meter()
         self.steps_taken = 0
-        self.best = {"cross_entropy": math.inf, "recordings": 0, "student": None}
+        self.best: dict[str, Any] = {"cross_entropy": math.inf, "recordings": 0, "student": None}
 
     def train(
         self,
-        steps,
+        steps: int,
         *,
-        test=None,
-        record_every=50,
-        on_step=None,
-        logs=(),
-        checkpoints=None,
-        checkpoint_every=None,
-        patience=None,
-    ):
+        test: Test | None = None,
+        record_every: int = 50,
+        on_step: Callable[[], object] | None = None,
+        logs: Sequence[Log] = (),
+        checkpoints: Checkpoints | None = None,
+        checkpoint_every: int | None = None,
+        patience: int | None = None,
+    ) -> History:
         """Takes `steps` optimiser steps; a further call continues where this one ended.
 
         Args:
@@ -217,7 +235,7 @@ class Distiller:
             self.restore_best()
         return self.history
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as `Checkpoints` can hold it."""
         whole = functools.partial(engine.whole_state, self.engine)
         return {
@@ -236,12 +254,12 @@ class Distiller:
             "teacher_cache": checksum(self.teacher),
         }
 
-    def student_state(self):
+    def student_state(self) -> Any:
         """The student's `state_dict`. Where it is sharded the main process has it, whole and on the
         CPU; all have to call this."""
         return engine.whole_state(self.engine, self._model().state_dict())
 
-    def restore(self, step, state):
+    def restore(self, step: int, state: dict[str, Any]) -> None:
         """Continues at a step from what `state` returned there: bit for bit on as many processes.
 
         On another number of them the order of the examples, the weights and the optimiser go on as
@@ -290,7 +308,7 @@ class Distiller:
             randomness.begin(f"{self.seed} {step} {place}")
         self.steps_taken = step
 
-    def resume(self, checkpoints):
+    def resume(self, checkpoints: Checkpoints) -> int:
         """Continues from the newest of `Checkpoints` that is whole -> its step; 0 without any.
 
         Raises:
@@ -302,17 +320,17 @@ class Distiller:
             self.restore(*found)
         return self.steps_taken
 
-    def restore_best(self):
+    def restore_best(self) -> None:
         """Gives the student the weights of its smallest test cross-entropy, where `train` was
         called with patience."""
         if self.best["student"] is not None:
             engine.load(self._model(), self.best["student"])
 
-    def _model(self):
+    def _model(self) -> Any:
         """The student, without what makes it one of several processes."""
         return self.engine.unwrap_model(self.student)
 
-    def _record(self, test, logs, patience):
+    def _record(self, test: Test | None, logs: Sequence[Log], patience: int | None) -> bool:
         """A recording -> whether training is to stop early."""
         # With the check of the gradient's norm, what reads a number from the device.
         terms, rows_per_second = self.meter.read(self.engine)
@@ -338,28 +356,28 @@ class Distiller:
         self.student.train()
         return stop
 
-    def _worse(self, cross_entropy):
+    def _worse(self, cross_entropy: float) -> int:
         """How many recordings, up to this one, the smallest cross-entropy is ago."""
         if cross_entropy < self.best["cross_entropy"]:
             weights = {name: x.detach().clone() for name, x in self._model().state_dict().items()}
             self.best = dict(cross_entropy=cross_entropy, recordings=0, student=weights)
         else:
             self.best["recordings"] += 1
-        return self.best["recordings"]
+        return int(self.best["recordings"])
 
-    def _save(self, checkpoints):
+    def _save(self, checkpoints: Checkpoints) -> None:
         state = self.state()
         if self.engine.is_main_process:
             checkpoints.save(self.steps_taken, state)
         self.engine.wait_for_everyone()
 
-    def _batches(self):
+    def _batches(self) -> Iterator[Batch]:
         place = self.engine.num_processes, self.engine.process_index
         count = len(self.data)
         rows = batches.rows_from(self.steps_taken, count, self.batch_size, self.seed, *place)
         return self.data.batches(rows)
 
-    def _step(self, batch):
+    def _step(self, batch: Batch) -> tuple[dict[str, Tensor] | None, int | Tensor]:
         """One optimiser step on this process's batch -> its terms {name: ()}, None if it was not
         taken, and the rows (int or ()) that counted."""
         batch = batch.to(self.engine.device)
@@ -371,7 +389,8 @@ class Distiller:
         # What layers like BatchNorm2d remember of a batch that turns out not to be finite.
         buffers = [(x, x.clone()) for x in self.student.buffers()]
         self.optimizer.zero_grad()
-        terms, rows = {}, 0
+        terms: dict[str, Any] = {}
+        rows: int | Tensor = 0
         for part in parts:
             last = part is parts[-1]
             with contextlib.nullcontext() if last else self.engine.no_sync(self.student):
@@ -390,17 +409,17 @@ class Distiller:
             self.optimizer.zero_grad()  # a scaler has to take a step: of nothing
         if (finite and loss_finite) or scaled:  # it leaves out what overflowed, and learns from it
             self.optimizer.step()
-        if not loss_finite or not (finite or scaled):
+        taken = loss_finite and (finite or scaled)
+        if not taken:
             self._skip(parts)
             for x, before in buffers:
                 x.copy_(before)
-            terms = None
         if self.scheduler is not None:
             self.scheduler.step()
         self.steps_taken += 1
-        return terms, rows
+        return terms if taken else None, rows
 
-    def _whole(self, batch, parts):
+    def _whole(self, batch: Batch, parts: list[Batch]) -> tuple[Tensor, Tensor | None] | None:
         """(examples, rows that count or None) of the whole step, over all parts and processes.
 
         None where a part is the whole. A process's gradients are averaged with the others', so
@@ -408,19 +427,22 @@ class Distiller:
         """
         if len(parts) == 1 and self.engine.num_processes == 1:
             return None
-        items = 0 if batch.labels is None else self._counted(batch.labels)
+        counted = 0 if batch.labels is None else self._counted(batch.labels)
         counts = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        counts[0], counts[1] = len(batch), items  # a list of them would wait for the device
+        counts[0], counts[1] = len(batch), counted  # a list of them would wait for the device
         counts = self.engine.reduce(counts).clamp_min(1)  # where no row counts the loss is 0 / 1
         examples, items = (counts / self.engine.num_processes).unbind()
         return examples, None if batch.labels is None else items
 
-    def _counted(self, labels):
+    def _counted(self, labels: Tensor) -> Tensor:
         """labels (B, ...) -> (), how many of their rows count in the loss."""
         labels = labels[..., 1:] if self.loss.options["shift"] else labels
-        return (labels != self.loss.options["ignore_index"]).sum()
+        counted: Tensor = (labels != self.loss.options["ignore_index"]).sum()
+        return counted
 
-    def _descend(self, part, whole):
+    def _descend(
+        self, part: Batch, whole: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[dict[str, Tensor], int | Tensor]:
         """Adds the gradient of a part of a step -> its terms {name: ()}, detached, and its rows."""
         examples, items = whole or (len(part), None)
         share = len(part) / examples
@@ -446,14 +468,14 @@ class Distiller:
         terms = {name: x.detach() for name, x in dict(loss=loss, **terms).items()}
         return terms, rows_of(prediction) if part.labels is None else self._counted(part.labels)
 
-    def _loss(self, prediction, target, labels, **options):
+    def _loss(self, prediction: Any, target: Any, labels: Tensor | None, **options: Any) -> Any:
         """`self.loss` at the alpha of this step."""
         options = {**self.loss.options, **options}
         if self.steps_taken < self.alpha_warmup:
             options["alpha"] *= (self.steps_taken + 1) / self.alpha_warmup
         return kd_loss(prediction, target, labels, **options)
 
-    def _predict(self, part):
+    def _predict(self, part: Batch) -> tuple[Any, Any, Tensor | None]:
         """The student's prediction, the teacher's, and Σ weight · mean of the hints, or None."""
         with self.of_student():
             prediction = predict_with(self.student, part.inputs)
@@ -470,7 +492,9 @@ class Distiller:
         hints = zip(self.hints, features, strict=True)
         return prediction, target, sum(hint.weight * hint(*pair).mean() for hint, pair in hints)
 
-    def _prepare_hints(self, student, teacher, hints):
+    def _prepare_hints(
+        self, student: nn.Module, teacher: Any, hints: Sequence[Hint]
+    ) -> nn.ModuleList:
         """Hooks on both models; projections, made for the first examples, -> `nn.ModuleList`."""
         hints = copy.deepcopy(list(hints))  # they may be another distiller's too
         models = ("student", student), ("teacher", teacher if hints else None)
@@ -478,7 +502,8 @@ class Distiller:
             Recorder(name, model, [(getattr(hint, name), hint.select) for hint in hints])
             for name, model in models
         )
-        if not hints:
+        teach = self.teacher
+        if not hints or teach is None:
             return nn.ModuleList()
         with torch.random.fork_rng(), inference(student):
             torch.manual_seed(self.seed)
@@ -488,17 +513,17 @@ class Distiller:
             with self.of_student():
                 predict_with(student, batch.to(device).inputs)
             with self.of_teacher():
-                self.teacher(batch.to(self.engine.device))
+                teach(batch.to(self.engine.device))
             features = zip(self.of_student.features(), self.of_teacher.features(), strict=True)
             for hint, pair in zip(hints, features, strict=True):
                 hint.prepare(*(x.to(device) for x in pair))
         return nn.ModuleList(hints)
 
-    def _of_all(self, each):
+    def _of_all(self, each: list[Any]) -> list[Any]:
         """A list of every process -> one list."""
         return [x for mine in engine.gathered(self.engine, each) for x in mine]
 
-    def _skip(self, parts):
+    def _skip(self, parts: list[Batch]) -> None:
         """Says which rows of a step have no finite loss; if all have one, which examples it had."""
         wrong = []
         for part in parts:
@@ -518,7 +543,7 @@ class Distiller:
         )
 
 
-def _numbers(found):
+def _numbers(found: Evaluation | Scores) -> dict[str, float]:
     """An `Evaluation` or `Scores` -> {name: number} for logs."""
     names = (name for name in ("cross_entropy", "errors", "accuracy") if hasattr(found, name))
     return {

@@ -4,8 +4,10 @@ import contextlib
 import os
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..sources import LinearHead
 
@@ -16,35 +18,35 @@ class OneProcess:
 
     num_processes, process_index, is_main_process, scaler = 1, 0, True, None
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def prepare(self, *things):
+    def prepare(self, *things: Any) -> tuple[Any, ...]:
         return things
 
-    def unwrap_model(self, model, keep_fp32_wrapper=True):
+    def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True) -> nn.Module:
         return model
 
-    def autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def no_sync(self, model):
+    def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def backward(self, loss):
+    def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def clip_grad_norm_(self, parameters, max_norm):
+    def clip_grad_norm_(self, parameters: list[Tensor], max_norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def reduce(self, tensor, reduction="sum"):
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
         return tensor
 
-    def wait_for_everyone(self):
+    def wait_for_everyone(self) -> None:
         pass
 
 
-def of(accelerator, student):
+def of(accelerator: Any, student: nn.Module) -> Any:
     """The accelerator, or one process where the student is.
 
     Raises:
@@ -74,11 +76,12 @@ def of(accelerator, student):
     return found
 
 
-def prepare(engine, student, optimizer):
+def prepare(engine: Any, student: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """The student and its optimiser, as the engine trains them: FSDP2 shards the student, while
     other parameters of the optimiser, of hints, stay whole in every process."""
     if not getattr(engine, "is_fsdp2", False):
-        return engine.prepare(student, optimizer)
+        student, optimizer = engine.prepare(student, optimizer)
+        return student, optimizer
     mine = {id(x) for x in student.parameters()}
     before = [group["params"] for group in optimizer.param_groups]
     for group, parameters in zip(optimizer.param_groups, before, strict=True):
@@ -91,36 +94,36 @@ def prepare(engine, student, optimizer):
     return student, optimizer
 
 
-def show_hidden(module):
+def show_hidden(module: nn.Module) -> None:
     """Of a `LinearHead` that a module returns, FSDP2 gets to see the hidden states only.
 
     It ties what it does before the backward to the tensors that a module returns: it may not find
     them in a source, and to a weight, which stays, it would tie itself anew with every step.
     """
-    kept = []
+    kept: list[LinearHead] = []
 
-    def apart(module, inputs, output):
+    def apart(module: nn.Module, inputs: Any, output: Any) -> Any:
         kept[:] = [output] if isinstance(output, LinearHead) else []
         return output.hidden if kept else output
 
-    def together(module, inputs, output):
+    def together(module: nn.Module, inputs: Any, output: Any) -> Any:
         return replace(kept.pop(), hidden=output) if kept else output
 
     module.register_forward_hook(apart, prepend=True)
     module.register_forward_hook(together)
 
 
-def is_sharded(x):
+def is_sharded(x: Any) -> bool:
     """Whether it is a DTensor, as FSDP2 makes of parameters."""
     return hasattr(x, "full_tensor")
 
 
-def whole(x):
+def whole(x: Any) -> Any:
     """A tensor, gathered where it is sharded, which takes all processes."""
     return x.full_tensor() if is_sharded(x) else x
 
 
-def whole_state(engine, state):
+def whole_state(engine: Any, state: Any) -> Any:
     """What a `state_dict` returned, with whole tensors: on the CPU of the main process, where they
     were sharded, and None in the others."""
     if isinstance(state, dict):
@@ -133,7 +136,7 @@ def whole_state(engine, state):
     return state.cpu() if engine.is_main_process else None
 
 
-def load(model, state):
+def load(model: nn.Module, state: dict[str, Any]) -> None:
     """Whole tensors into a model, sharded or not.
 
     Raises:
@@ -143,7 +146,7 @@ def load(model, state):
     model.load_state_dict({name: _like(x, here.get(name)) for name, x in state.items()})
 
 
-def load_optimizer(optimizer, state):
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Whole tensors into an optimiser, of parameters that are sharded or not."""
     parameters = [x for group in optimizer.param_groups for x in group["params"]]
     of_parameters = {
@@ -153,7 +156,7 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict({**state, "state": of_parameters})
 
 
-def _like(x, other):
+def _like(x: Any, other: Any) -> Any:
     """This process's part of a tensor, where the other, of the same shape, is sharded."""
     if not is_sharded(other) or other.shape != getattr(x, "shape", None):
         return x
@@ -164,9 +167,9 @@ def _like(x, other):
     return distribute_tensor(x.to(other.device), mesh, placements, src_data_rank=None)
 
 
-def check_whole(engine):
+def check_whole(engine: Any) -> None:
     """Checkpoints are written by one process, which must have all of the model and optimiser."""
-    kind = getattr(engine, "distributed_type", "NO")
+    kind: Any = getattr(engine, "distributed_type", "NO")
     sharded = kind == "FSDP" and not engine.is_fsdp2
     if sharded or kind in ("DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
@@ -175,17 +178,18 @@ def check_whole(engine):
         )
 
 
-def any_of(engine, flag):
+def any_of(engine: Any, flag: bool) -> bool:
     """Whether a process has it, the same in all: one that stops alone leaves the others waiting."""
     if engine.num_processes == 1:
         return flag
     return bool(engine.reduce(torch.tensor(float(flag), device=engine.device)))
 
 
-def gathered(engine, value):
+def gathered(engine: Any, value: Any) -> list[Any]:
     """What every process has, in a list, in order of the processes."""
     if engine.num_processes == 1:
         return [value]
     from accelerate.utils import gather_object
 
-    return gather_object([value])
+    found: list[Any] = gather_object([value])
+    return found

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from ..functional import kd_loss
 from . import checks
@@ -13,11 +14,11 @@ from .predictions import inference, predict_with
 class Evaluation:
     """How a model does on labelled examples at T = 1; `labels` (N, ...) give results of (...)."""
 
-    errors: torch.Tensor  # (...), int64: examples whose largest logit is not the label's
-    cross_entropy: torch.Tensor  # (...), float32 or float64: mean over the N examples, in nats
+    errors: Tensor  # (...), int64: examples whose largest logit is not the label's
+    cross_entropy: Tensor  # (...), float32 or float64: mean over the N examples, in nats
 
 
-def predict(model, inputs, *, batch_size=1024):
+def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 1024) -> Tensor:
     """A model's logits, in evaluation mode and without gradients.
 
     Args:
@@ -35,7 +36,7 @@ def predict(model, inputs, *, batch_size=1024):
         return torch.cat([predict_with(model, part.to(device)) for part in parts])
 
 
-def evaluate(model, inputs, labels):
+def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> Evaluation:
     """A model's errors and cross-entropy on labelled examples, at T = 1.
 
     T belongs to the training: a distilled student is used, and judged, at T = 1 (Hinton et al.

@@ -9,6 +9,8 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,12 +21,12 @@ class ProcessError(RuntimeError):
     """Another process failed, died or hangs; the text says which."""
 
 
-entered = []  # of `shared` that are open; and how many outermost ones there were
+entered: list[None] = []  # of `shared` that are open; and how many outermost ones there were
 generations = 0
 
 
 @contextlib.contextmanager
-def shared():
+def shared() -> Iterator[None]:
     """While this is open, the other processes are told of what is raised here.
 
     Raises:
@@ -49,35 +51,35 @@ def shared():
         entered.pop()
 
 
-def several():
+def several() -> bool:
     """Whether this is one of several processes, which know of each other."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def place():
+def place() -> str:
     """Which process this is, as messages name it."""
     return f"process {dist.get_rank()} of {dist.get_world_size()}"
 
 
-def line(error):
+def line(error: BaseException) -> str:
     """An exception in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _is_of_others(error):
+def _is_of_others(error: BaseException) -> bool:
     """Whether a collective raised it: gloo's have no type of their own, but the place in its
     source."""
     gloo = type(error) is RuntimeError and re.search(r"gloo/\S+\.(cc|h):\d+\]", str(error))
     return isinstance(error, dist.DistError) or bool(gloo)
 
 
-def _reason(error):
+def _reason(error: BaseException) -> str:
     """What gloo and NCCL say, without the place in their source and good advice."""
     text = " ".join(str(error).split())
     return text.rpartition("cc:")[2].partition("] ")[2].partition(". ")[0] or text[:200]
 
 
-def _within_grace(ask):
+def _within_grace(ask: Callable[[], str | None]) -> str | None:
     """What it returns; None where who keeps the store does not answer."""
     found = []
     thread = threading.Thread(target=lambda: found.append(ask()), daemon=True)
@@ -86,7 +88,7 @@ def _within_grace(ask):
     return found[0] if found else None
 
 
-def _tell(text, reason):
+def _tell(text: str | None, reason: str) -> str | None:
     """Leaves for the others what this process failed of, or that it found another one missing
     (None) -> for which it then looks: which is the first that failed, and what happened."""
     store = _store()
@@ -100,7 +102,7 @@ def _tell(text, reason):
         return f"another process is gone: {reason}"
 
 
-def _found(store, names, reason):
+def _found(store: Any, names: list[str], reason: str) -> str:
     end, said = time.monotonic() + GRACE, {}
     # Who keeps the store goes last.
     keeps = dist.get_rank() == 0 and not _kept_by_agent()
@@ -121,19 +123,20 @@ def _found(store, names, reason):
     return f"{which} died or hangs: {reason}"
 
 
-def _kept_by_agent():
+def _kept_by_agent() -> bool:
     """Whether torchrun keeps the store; without it, process 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _store():
+def _store() -> Any:
     """The process group's, or None where who keeps it is gone: to ask it would print pages."""
     from torch.distributed.distributed_c10d import _get_default_store
 
+    stores: Any = dist  # whose types say nothing of them
     found = inner = _get_default_store()
-    while isinstance(inner, dist.PrefixStore):
+    while isinstance(inner, stores.PrefixStore):
         inner = inner.underlying_store
-    if isinstance(inner, dist.TCPStore):
+    if isinstance(inner, stores.TCPStore):
         try:
             socket.create_connection((inner.host, inner.port), 1).close()
         except OSError:

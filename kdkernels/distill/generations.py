@@ -1,9 +1,19 @@
 """Self-distillation: the student becomes the teacher of the next one of its kind."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from . import checks
 
+M = TypeVar("M")
 
-def born_again(make_student, train, generations, teacher=None):
+
+def born_again(
+    make_student: Callable[[int], M],
+    train: Callable[[M, Any], object],
+    generations: int,
+    teacher: Any = None,
+) -> list[M]:
     """Trains students one after the other, each on the one before it as its teacher.
 
     Furlanello et al. 2018, "Born-Again Neural Networks", section 3. Students of one architecture

@@ -6,12 +6,16 @@ models run, forward hooks keep what these modules return, and nothing of the mod
 
 import contextlib
 import difflib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from . import checks
+
+Select: TypeAlias = int | str  # of what a module returns
 
 
 class Hint(nn.Module):
@@ -23,18 +27,20 @@ class Hint(nn.Module):
         select: which of a module's outputs, where it returns several: an index or a name.
     """
 
-    def __init__(self, student, teacher, *, weight=1.0, select=0):
+    def __init__(
+        self, student: str, teacher: str, *, weight: float = 1.0, select: Select = 0
+    ) -> None:
         super().__init__()
         checks.instance("student", student, str, "the path of a module")
         checks.instance("teacher", teacher, str, "the path of a module")
         checks.positive("weight", weight)
         self.student, self.teacher, self.weight, self.select = student, teacher, weight, select
 
-    def prepare(self, student, teacher):
+    def prepare(self, student: Tensor, teacher: Tensor) -> None:
         """Looks at features of a first batch; makes what has to be learned."""
         self(student, teacher)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.student!r}, {self.teacher!r}, weight={self.weight:g}"
 
 
@@ -49,19 +55,21 @@ class FeatureHint(Hint):
         dim: where the features are: −1 for (B, ..., H), 1 for the channels of (B, C, ...).
     """
 
-    def __init__(self, student, teacher, *, weight=1.0, select=0, dim=-1):
+    def __init__(
+        self, student: str, teacher: str, *, weight: float = 1.0, select: Select = 0, dim: int = -1
+    ) -> None:
         super().__init__(student, teacher, weight=weight, select=select)
         self.dim = dim
-        self.projection = None
+        self.projection: nn.Linear | None = None
 
-    def prepare(self, student, teacher):
+    def prepare(self, student: Tensor, teacher: Tensor) -> None:
         width, wanted = student.shape[self.dim], teacher.shape[self.dim]
         self.projection = None  # of other models that it was used with before
         if width != wanted:
             self.projection = nn.Linear(width, wanted, device=student.device, dtype=student.dtype)
         super().prepare(student, teacher)
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """student, teacher: (B, ..., H), or with the features at `dim` -> (B, ...)."""
         student = student.movedim(self.dim, -1)
         teacher = teacher.movedim(self.dim, -1)
@@ -83,12 +91,14 @@ class AttentionTransfer(Hint):
         rows: leading dimensions of a map that are rows: 1 for one map an example.
     """
 
-    def __init__(self, student, teacher, *, weight=1.0, select=0, rows=1):
+    def __init__(
+        self, student: str, teacher: str, *, weight: float = 1.0, select: Select = 0, rows: int = 1
+    ) -> None:
         super().__init__(student, teacher, weight=weight, select=select)
         checks.integer("rows", rows, low=1)
         self.rows = rows
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """student (B, C, ...), teacher (B, C', ...) -> (B,), or (B, L) for rows=2."""
         student, teacher = (
             F.normalize(_wide(x).square().sum(1).flatten(self.rows), dim=-1)
@@ -98,12 +108,12 @@ class AttentionTransfer(Hint):
         return 0.5 * (student - teacher).square().sum(-1)
 
 
-def _wide(x):
+def _wide(x: Tensor) -> Tensor:
     """Sums of squares of halves overflow."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check(hints, teacher):
+def check(hints: Sequence[object], teacher: object) -> None:
     """Hints go with a teacher that is a module: of predictions nothing inside is left."""
     for hint in hints:
         checks.instance("hints", hint, Hint, "FeatureHint or AttentionTransfer")
@@ -111,7 +121,7 @@ def check(hints, teacher):
         raise ValueError(f"hints need a teacher that is a module, got {type(teacher).__name__}")
 
 
-def _same_shape(hint, student, teacher):
+def _same_shape(hint: Hint, student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f"{hint.student!r} of the student and {hint.teacher!r} of the teacher must agree in "
@@ -131,13 +141,13 @@ class Recorder:
         ValueError: a path that the model does not have; the text lists similar ones.
     """
 
-    def __init__(self, name, model, places):
+    def __init__(self, name: str, model: Any, places: Sequence[tuple[str, Select]]) -> None:
         self.name, self.places = name, places
         self.modules = [module_of(name, model, path) for path, _ in places]
-        self.outputs = {}
+        self.outputs: dict[int, list[Any]] = {}
 
     @contextlib.contextmanager
-    def __call__(self):
+    def __call__(self) -> Iterator[None]:
         """While this is open, outputs are kept; `features` has them afterwards."""
         self.outputs = {}
         handles = [
@@ -150,7 +160,7 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def features(self):
+    def features(self) -> list[Tensor]:
         """The tensors that the modules returned, in order.
 
         Raises:
@@ -172,14 +182,14 @@ class Recorder:
         self.outputs = {}
         return found
 
-    def _keep(self, index):
-        def hook(module, args, output):
+    def _keep(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.outputs.setdefault(index, []).append(output)
 
         return hook
 
 
-def module_of(name, model, path):
+def module_of(name: str, model: nn.Module, path: str) -> nn.Module:
     """The module at a path; name: "student" or "teacher", for the error.
 
     Raises:
@@ -187,14 +197,15 @@ def module_of(name, model, path):
     """
     known = dict(model.named_modules())
     if path in known:
-        return known[path]
+        found: nn.Module = known[path]
+        return found
     similar = difflib.get_close_matches(path, known, n=5, cutoff=0.4)
     raise ValueError(
         f"the {name} has no module {path!r}; similar ones: {', '.join(similar) or 'none'}"
     )
 
 
-def _selected(name, path, output, select):
+def _selected(name: str, path: str, output: Any, select: Select) -> Tensor:
     try:
         found = output[select]
     except (LookupError, TypeError) as error:

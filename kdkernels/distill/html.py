@@ -9,8 +9,10 @@ import datetime
 import json
 import math
 import tempfile
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..files import atomic
@@ -21,7 +23,7 @@ CURVE = {"name": str, "steps": list, "values": list, "ylabel": str}
 CURVES = "learning_curves.png"
 
 # key of a comparison: heading, how a number is written, and which is best
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, str, Callable[..., Any] | None]] = {
     "name": ("model", "{}", None),
     "targets": ("targets", "{}", None),
     "accuracy": ("accuracy (%)", "{:.2%}", max),
@@ -38,7 +40,7 @@ COLUMNS = {
 }
 
 
-def write(folder):
+def write(folder: Path | str) -> Path:
     """Writes `report.html` of a run into its folder -> its path.
 
     It shows `results.json` and every PNG picture that lies beside it; where `learning_curves.png`
@@ -78,10 +80,10 @@ def write(folder):
     return folder / "report.html"
 
 
-def _read(path):
+def _read(path: Path) -> dict[str, Any]:
     """results.json, with what the page needs in it."""
     try:
-        results = json.loads(path.read_text("utf-8"))
+        results: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"folder must have a results.json, got {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -99,7 +101,7 @@ def _read(path):
     return results
 
 
-def _check(path, name, found, wanted):
+def _check(path: Path, name: str, found: Any, wanted: dict[str, Any]) -> None:
     """Raises where it is no dict that has these keys with values of these types."""
     if not isinstance(found, dict):
         raise ValueError(f"{path}: {name} must be an object, got {type(found).__name__}")
@@ -109,7 +111,7 @@ def _check(path, name, found, wanted):
             raise ValueError(f"{path}: {name} must have {key!r}, a {kind.__name__}, {got}")
 
 
-def _table(comparison):
+def _table(comparison: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
     """-> headings and rows of (text, whether it is the best of its column)."""
     used = [key for line in comparison for key in line if line[key] is not None]
     known = [key for key in COLUMNS if key in used]
@@ -117,8 +119,8 @@ def _table(comparison):
     for key in dict.fromkeys(known + used):
         heading, form, choose = COLUMNS.get(key, (key.replace("_", " "), "{:,.4g}", None))
         headings.append(heading)
-        values = [line.get(key) for line in comparison]
-        numbers = {x for x in values if _is_number(x) and math.isfinite(x)}
+        values: list[Any] = [line.get(key) for line in comparison]
+        numbers: set[Any] = {x for x in values if _is_number(x) and math.isfinite(x)}
         best = choose(numbers) if choose and len(numbers) > 1 else None
         scale = 1e-6 if key == "bytes" else 1
         columns.append(
@@ -132,7 +134,7 @@ def _table(comparison):
     return headings, list(zip(*columns, strict=True))
 
 
-def _pictures(folder, results):
+def _pictures(folder: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
     """(what is seen, the PNG file in base64) of each picture."""
     said = _dict(results.get("pictures"))
     found = []
@@ -144,7 +146,7 @@ def _pictures(folder, results):
     return found
 
 
-def _drawn(curves):
+def _drawn(curves: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """The curves, a picture for each of their units."""
     for ylabel in dict.fromkeys(curve["ylabel"] for curve in curves):
         mine = [curve for curve in curves if curve["ylabel"] == ylabel and curve["steps"]]
@@ -158,19 +160,19 @@ def _drawn(curves):
             yield f"learning curves, {ylabel}: {'; '.join(ends)}", _base64(path)
 
 
-def _base64(path):
+def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _dict(found):
+def _dict(found: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_number(x):
+def _is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def _text(value):
+def _text(value: object) -> str:
     """A value as people write it: text as it is, lists with commas."""
     if isinstance(value, str):
         return value

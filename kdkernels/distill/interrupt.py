@@ -3,10 +3,12 @@
 import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 @contextlib.contextmanager
-def deferred():
+def deferred() -> Iterator[Callable[[], bool]]:
     """While this is open, a first Ctrl-C is only noted -> a function that says whether it came.
 
     A second one interrupts at once. Signals belong to the main thread: in others nothing changes,
@@ -19,7 +21,7 @@ def deferred():
         yield came.is_set
         return
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         came.set()
         signal.signal(signal.SIGINT, before)
 

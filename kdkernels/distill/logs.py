@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -16,7 +17,7 @@ class CsvLog:
         ValueError: there is such a file, and it is no log: it is left alone.
     """
 
-    def __init__(self, path, step=0):
+    def __init__(self, path: Path | str, step: int = 0) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._lines(step) if self.path.exists() else []
@@ -26,7 +27,7 @@ class CsvLog:
             csv.writer(file).writerows(lines)
         os.replace(partial, self.path)
 
-    def _lines(self, step):
+    def _lines(self, step: int) -> list[list[str]]:
         """The header and the lines up to a step; nothing where no line is left."""
         with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
             text = file.read()
@@ -40,7 +41,7 @@ class CsvLog:
         kept = [row for row in kept if int(row[0]) <= step]
         return [header, *kept] if kept else []
 
-    def write(self, step, values):
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """values: {name: number}; those that the first line did not have are left out."""
         line = io.StringIO()
         writer = csv.writer(line)
@@ -51,7 +52,7 @@ class CsvLog:
         with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(line.getvalue())
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
@@ -62,15 +63,15 @@ class TensorBoardLog:
         ImportError: tensorboard is missing (the extra `train`).
     """
 
-    def __init__(self, folder, step=0):
+    def __init__(self, folder: Path | str, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(folder, purge_step=step + 1)
 
-    def write(self, step, values):
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()  # a run that is killed and resumed does not write it again
 
-    def close(self):
+    def close(self) -> None:
         self.writer.close()

@@ -7,17 +7,29 @@ Files are written atomically and read through a map: only the rows that a batch 
 Of language models `kdkernels.cache` keeps less, and finds it by the tokens.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from ..files import atomic, begin_array, mapped_array
 from ..source_rows import logit_chunks
+from ..sources import LinearHead
 from . import batches, checks
 from .predictions import inference, predict_with
 
 
-def write_predictions(path, teacher, inputs, *, vocab_size=None, batch_size=256, dtype=None):
+def write_predictions(
+    path: Path | str,
+    teacher: torch.nn.Module,
+    inputs: batches.Inputs,
+    *,
+    vocab_size: int | None = None,
+    batch_size: int = 256,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Writes what a teacher predicts for all inputs, in their order.
 
     A .npy file is written as the predictions come; those of a .safetensors file are in memory until
@@ -49,7 +61,7 @@ def write_predictions(path, teacher, inputs, *, vocab_size=None, batch_size=256,
     source = batches.of(inputs, None, 0)
     device = next((x.device for x in teacher.parameters()), torch.device("cpu"))
 
-    def predictions():
+    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
         with inference(teacher):
             for batch in source.batches(iter(torch.arange(len(source)).split(batch_size))):
                 prediction = predict_with(teacher, batch.to(device).inputs)
@@ -60,7 +72,7 @@ def write_predictions(path, teacher, inputs, *, vocab_size=None, batch_size=256,
         write(file, _of_one_shape(predictions()), len(source))
 
 
-def open_predictions(path, count=None):
+def open_predictions(path: Path | str, count: int | None = None) -> Tensor:
     """What `write_predictions`, or any other program, wrote: a teacher of `Distiller`.
 
     Args:
@@ -91,7 +103,7 @@ def open_predictions(path, count=None):
     return found
 
 
-def _of_one_shape(predictions):
+def _of_one_shape(predictions: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows (B,), logits (B, ..., V)) of every batch, checked against the first."""
     first = None
     for rows, logits in predictions:
@@ -104,7 +116,7 @@ def _of_one_shape(predictions):
         yield rows, logits
 
 
-def _write_array(file, predictions, count):
+def _write_array(file: IO[bytes], predictions: Iterable[tuple[Tensor, Tensor]], count: int) -> None:
     """Logits of `count` inputs as a .npy file."""
     for rows, logits in predictions:
         if logits.dtype == torch.bfloat16:
@@ -115,11 +127,13 @@ def _write_array(file, predictions, count):
         file.write(array.data)
 
 
-def _write_tensor(file, predictions, count):
+def _write_tensor(
+    file: IO[bytes], predictions: Iterable[tuple[Tensor, Tensor]], count: int
+) -> None:
     """Logits of `count` inputs as a .safetensors file."""
     from safetensors.torch import save_file
 
-    found = None
+    found: Any = None
     for rows, logits in predictions:
         if found is None:
             found = logits.new_empty((count, *logits.shape[1:]))
@@ -127,21 +141,24 @@ def _write_tensor(file, predictions, count):
     save_file({"logits": found}, file.name)
 
 
-def _logits(prediction, vocab_size, dtype):
+def _logits(
+    prediction: Tensor | LinearHead, vocab_size: int | None, dtype: torch.dtype | None
+) -> Tensor:
     if not isinstance(prediction, torch.Tensor):
         chunks = [logits.to("cpu", dtype) for _, logits in logit_chunks(prediction, vocab_size)]
         return torch.cat(chunks).view(*prediction.hidden.shape[:-1], -1)
     return prediction[..., :vocab_size].to("cpu", dtype or prediction.dtype)
 
 
-def _tensor(path):
+def _tensor(path: Path) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
             if "logits" in names:
-                return file.get_tensor("logits")
+                found: Tensor = file.get_tensor("logits")
+                return found
     except OSError:
         raise
     except SafetensorError as error:

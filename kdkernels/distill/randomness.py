@@ -2,14 +2,16 @@
 
 import hashlib
 import random
+from typing import Any
 
 import numpy as np
 import torch
 
 
-def state():
+def state() -> dict[str, Any]:
     """Of Python, NumPy and PyTorch, on the CPU and all GPUs."""
-    name, keys, *rest = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    name, keys, *rest = numpy
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *map(_number, rest)),
@@ -18,7 +20,7 @@ def state():
     }
 
 
-def restore(found):
+def restore(found: dict[str, Any]) -> None:
     name, keys, *rest = found["numpy"]
     random.setstate(found["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -28,7 +30,7 @@ def restore(found):
         torch.cuda.set_rng_state_all(found["cuda"])
 
 
-def begin(text):
+def begin(text: str) -> None:
     """States that depend on a text alone."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
     random.seed(seed)
@@ -36,5 +38,5 @@ def begin(text):
     torch.manual_seed(seed)
 
 
-def _number(x):
+def _number(x: Any) -> int | float:
     return float(x) if isinstance(x, float) else int(x)

@@ -6,8 +6,13 @@ colour-blind vision can tell apart; every series has a marker of its own as well
 """
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ..files import atomic
 
@@ -16,7 +21,7 @@ CHARACTERS, MARGIN = 11, 8  # of a legend: to an inch, and beside each text
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def _style(index):
+def _style(index: int) -> tuple[str, str]:
     """Colour and marker of the series of this number: 49 that differ."""
     turn = index // len(COLOURS)
     return COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)]
@@ -33,7 +38,13 @@ class Group:
     baseline: float  # the mean without soft targets
 
 
-def print_table(console, title, columns, sections, caption=None):
+def print_table(
+    console: Any,
+    title: str,
+    columns: Sequence[str],
+    sections: Sequence[Sequence[Sequence[str]]],
+    caption: str | None = None,
+) -> None:
     """Prints a table.
 
     Args:
@@ -56,7 +67,7 @@ def print_table(console, title, columns, sections, caption=None):
 
 
 @contextlib.contextmanager
-def progress(console):
+def progress(console: Any) -> Iterator[Any]:
     """A `rich.progress.Progress` with steps, time taken and time left, shown while it is open, and
     only in a terminal."""
     from rich import progress as rich
@@ -74,7 +85,9 @@ def progress(console):
         yield bar
 
 
-def plot_soft_targets(path, image, logits, temperatures, label):
+def plot_soft_targets(
+    path: Path | str, image: Any, logits: Tensor, temperatures: Sequence[float], label: int
+) -> None:
     """One example and the teacher's softened probabilities for it: softmax(logits / T).
 
     Args:
@@ -114,7 +127,13 @@ def plot_soft_targets(path, image, logits, temperatures, label):
         )
 
 
-def plot_temperatures(path, groups, reference, ylabel, title):
+def plot_temperatures(
+    path: Path | str,
+    groups: Sequence[Group],
+    reference: tuple[str, float] | None,
+    ylabel: str,
+    title: str,
+) -> None:
     """Errors against the temperature, for each group with a dashed line at its baseline.
 
     Args:
@@ -154,7 +173,9 @@ def plot_temperatures(path, groups, reference, ylabel, title):
         figure.legend(handles=lines, loc="outside right center", frameon=False)
 
 
-def plot_curves(path, panels, ylabel, title):
+def plot_curves(
+    path: Path | str, panels: Sequence[tuple[str, Any]], ylabel: str, title: str
+) -> None:
     """Learning curves, one panel a group, on one scale: logarithmic where the values ask for it.
 
     Args:
@@ -198,7 +219,9 @@ def plot_curves(path, panels, ylabel, title):
         figure.suptitle(title)
 
 
-def plot_sweep(path, points, score, title):
+def plot_sweep(
+    path: Path | str, points: Sequence[tuple[float, float, float]], score: str, title: str
+) -> None:
     """What students at each temperature and alpha were scored, the best of them framed.
 
     A heat map with numbers where the points are a grid, else dots in the plane.
@@ -215,7 +238,7 @@ def plot_sweep(path, points, score, title):
     alphas = sorted({alpha for _, alpha, _ in points})
     found = [x for *_, x in points if isfinite(x)]
     best = [point for point in points if found and point[2] == min(found)][:1]
-    frame = dict(facecolor="none", edgecolor=COLOURS[1], linewidth=3)
+    frame: dict[str, Any] = dict(facecolor="none", edgecolor=COLOURS[1], linewidth=3)
     with _figure(path, (7.5, 4.5)) as figure:
         axes = figure.add_subplot()
         if len(points) == len(temperatures) * len(alphas):
@@ -255,7 +278,7 @@ def plot_sweep(path, points, score, title):
 
 
 @contextlib.contextmanager
-def _figure(path, size):
+def _figure(path: Path | str, size: tuple[float, float]) -> Iterator[Any]:
     """A matplotlib figure of `size` inches; written to `path` as a PNG at the end."""
     # Not pyplot: a figure of its own canvas needs no display and leaves no global state.
     from matplotlib import rc_context

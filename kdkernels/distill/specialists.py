@@ -6,15 +6,17 @@ and, as a single class, the dustbin, all others; what they say together is a tea
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from . import checks
 
 TINY = torch.finfo(torch.float64).tiny
 
 
-def confusable_classes(logits, clusters, seed=0):
+def confusable_classes(logits: Tensor, clusters: int, seed: int = 0) -> list[Tensor]:
     """Classes that a generalist predicts together: K-means on the columns of the covariance matrix
     of its predictions (section 5.3).
 
@@ -38,13 +40,15 @@ def confusable_classes(logits, clusters, seed=0):
     return [ids for ids in found if len(ids)]
 
 
-def specialist_labels(labels, classes):
+def specialist_labels(labels: Tensor, classes: Tensor) -> Tensor:
     """labels (N,) as a specialist of `classes` (S,) has them: 0 to S − 1, and S, the dustbin."""
     position = (labels[:, None] == classes).int()  # (N, S)
     return torch.where(position.any(-1), position.argmax(-1), len(classes))
 
 
-def specialist_rows(labels, classes, generator):
+def specialist_rows(
+    labels: Tensor, classes: Tensor, generator: torch.Generator
+) -> tuple[Tensor, float]:
     """Examples to train a specialist on: all of its classes, and as many others (section 5.2).
 
     labels (N,). Returns rows (M,) int64, and the dustbin's correction: what to add to its logit
@@ -57,7 +61,12 @@ def specialist_rows(labels, classes, generator):
     return torch.cat([mine, drawn]), correction
 
 
-def combine(generalist, specialists, active=1, steps=100):
+def combine(
+    generalist: Tensor,
+    specialists: Sequence[tuple[Tensor, Tensor]],
+    active: int = 1,
+    steps: int = 100,
+) -> Tensor:
     """What a generalist and its specialists say together -> log-probabilities (N, V).
 
     For every example the q that minimises KL(p_g ‖ q) + Σ KL(p_m ‖ q_m) over those specialists m

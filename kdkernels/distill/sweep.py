@@ -3,7 +3,9 @@
 import itertools
 import math
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from . import checks
 
@@ -12,11 +14,11 @@ from . import checks
 class Trial:
     """One training."""
 
-    options: dict  # temperature, alpha, ...
+    options: dict[str, Any]  # temperature, alpha, ...
     score: float  # the smaller the better; NaN: it has none
 
 
-def grid(train, /, **values):
+def grid(train: Callable[..., float], /, **values: Iterable[Any]) -> list[Trial]:
     """Trains once for each combination -> `Trial`s, the best first.
 
     A training that fails, or whose score is NaN, stops none of the others: it is the last, and a
@@ -43,7 +45,9 @@ def grid(train, /, **values):
     return _ranked(found)
 
 
-def search(train, trials, /, *, seed=0, **ranges):
+def search(
+    train: Callable[..., float], trials: int, /, *, seed: int = 0, **ranges: tuple[float, float]
+) -> list[Trial]:
     """The same where a grid is too large: Optuna's sampler TPE (Bergstra et al. 2011, "Algorithms
     for Hyper-Parameter Optimization", section 4), in `trials` trainings.
 
@@ -84,7 +88,7 @@ def search(train, trials, /, *, seed=0, **ranges):
     return _ranked(found)
 
 
-def _try(train, options):
+def _try(train: Callable[..., float], options: dict[str, Any]) -> Trial:
     try:
         score = float(train(**options))
     except Exception as error:
@@ -95,12 +99,12 @@ def _try(train, options):
     return Trial(options, score)
 
 
-def _ranked(trials):
+def _ranked(trials: list[Trial]) -> list[Trial]:
     trials = sorted(trials, key=lambda trial: (math.isnan(trial.score), trial.score))
     if math.isnan(trials[0].score):
         raise RuntimeError(f"none of {len(trials)} trials has a score: see the warnings before")
     return trials
 
 
-def _text(options):
+def _text(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items())

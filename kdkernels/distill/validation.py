@@ -2,11 +2,14 @@
 
 import statistics
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import eager
 from ..checks import LABELS, row_tensor
@@ -14,11 +17,11 @@ from ..functional import kd_loss
 from ..kept import keep
 from ..objective import make_objective
 from ..source_checks import check_sources
-from ..source_rows import detached, flat, logit_chunks, map_rows, to_device
+from ..source_rows import detached, flat, logit_chunks, map_rows, take_rows, to_device
 from ..sources import Ensemble, LinearHead, Sampled, TopK
 from . import batches, checks
 from .engine import is_sharded
-from .predictions import CachedTeacher, as_teacher, inference, predict_with
+from .predictions import CachedTeacher, Teacher, as_teacher, inference, predict_with
 
 IGNORED = -100
 BINS = 15
@@ -39,11 +42,11 @@ class Scores:
     agreement: float | None  # share of rows with the teacher's answer; None without one
 
     @property
-    def errors(self):
+    def errors(self) -> int:
         return round((1 - self.accuracy) * self.rows)
 
     @property
-    def perplexity(self):
+    def perplexity(self) -> float:
         return torch.tensor(self.cross_entropy, dtype=torch.float64).exp().item()
 
 
@@ -57,16 +60,16 @@ class Size:
 
 
 def validate(
-    model,
-    inputs,
-    labels=None,
+    model: nn.Module,
+    inputs: batches.Inputs,
+    labels: Tensor | None = None,
     *,
-    teacher=None,
-    shift=False,
-    vocab_size=None,
-    batch_size=256,
-    workers=0,
-):
+    teacher: Teacher | None = None,
+    shift: bool = False,
+    vocab_size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> Scores:
     """A model's answers -> `Scores`.
 
     T belongs to the training: a distilled student is used, and judged, at T = 1 (Hinton et al.
@@ -91,16 +94,16 @@ def validate(
     checks.data(inputs, labels)
     if teacher is not None:
         checks.teacher(teacher, inputs, labels, None)
-        teacher = as_teacher(teacher)
     checks.integer("batch_size", batch_size, low=1)
-    source, device, model = batches.of(inputs, labels, workers), _device(model), as_teacher(model)
+    source, device, answer = batches.of(inputs, labels, workers), _device(model), as_teacher(model)
+    ask = None if teacher is None else as_teacher(teacher)
     found = []
     for batch in source.batches(iter(torch.arange(len(source)).split(batch_size))):
         if batch.labels is None:
             raise ValueError("labels must be given, got none")
         batch = batch.to(device)
-        other = None if teacher is None else detached(to_device(teacher(batch), device))
-        found += _scored(model(batch), other, batch.labels, shift, vocab_size)
+        other = None if ask is None else detached(to_device(ask(batch), device))
+        found += _scored(answer(batch), other, batch.labels, shift, vocab_size)
     if not found:
         raise ValueError(f"labels must count in a row at least, got {IGNORED} everywhere")
     losses, confidence, right, same = (torch.cat(each) for each in zip(*found, strict=True))
@@ -113,7 +116,7 @@ def validate(
     )
 
 
-def calibration_error(confidence, right, bins=BINS):
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
     """Σ over bins of (share of rows) · |accuracy − mean confidence|: Guo et al. 2017, "On
     Calibration of Modern Neural Networks", eq. 3, with bins ((k − 1) / bins, k / bins].
 
@@ -126,12 +129,12 @@ def calibration_error(confidence, right, bins=BINS):
     return (gaps.abs().sum() / len(right)).item()
 
 
-def size_of(model, inputs):
+def size_of(model: nn.Module, inputs: Any) -> Size:
     """What a model costs, its latency for these inputs (B, ...), logits included -> `Size`."""
     with inference(model):
         # Of a sharded model, which takes all processes, each makes as many calls.
         sharded = any(is_sharded(x) for x in model.parameters())
-        times, end = [], time.perf_counter() + (0.0 if sharded else SECONDS)
+        times, end = list[float](), time.perf_counter() + (0.0 if sharded else SECONDS)
         while len(times) < WARM_UP + CALLS and (len(times) <= WARM_UP or time.perf_counter() < end):
             start = time.perf_counter()
             prediction = predict_with(model, inputs)
@@ -149,16 +152,16 @@ def size_of(model, inputs):
 
 
 def compare(
-    students,
-    teacher,
-    inputs,
-    labels=None,
+    students: Mapping[str, nn.Module],
+    teacher: Teacher | None,
+    inputs: batches.Inputs,
+    labels: Tensor | None = None,
     *,
-    shift=False,
-    vocab_size=None,
-    batch_size=256,
-    workers=0,
-):
+    shift: bool = False,
+    vocab_size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> list[dict[str, Any]]:
     """Models side by side, with the latency of a single example -> rows as `results.json` has them.
 
     Args:
@@ -170,7 +173,9 @@ def compare(
     Returns:
         A list of dicts: see `row`.
     """
-    options = dict(shift=shift, vocab_size=vocab_size, batch_size=batch_size, workers=workers)
+    options: dict[str, Any] = dict(
+        shift=shift, vocab_size=vocab_size, batch_size=batch_size, workers=workers
+    )
     source = batches.of(inputs, labels, workers)
     example = next(iter(source.batches(iter([torch.arange(1)]))))
     rows, size_of_teacher = [], None
@@ -184,12 +189,14 @@ def compare(
     return rows
 
 
-def row(name, scores, size=None, teacher=None):
+def row(
+    name: str, scores: Scores, size: Size | None = None, teacher: Size | None = None
+) -> dict[str, Any]:
     """A model's line of a comparison -> a dict of text and numbers; None: there is none.
 
     scores: `Scores`; size: None or its `Size`; teacher: None or that of its teacher.
     """
-    line = {"name": name}
+    line: dict[str, Any] = {"name": name}
     for key in "accuracy errors cross_entropy perplexity agreement calibration_error".split():
         line[key] = getattr(scores, key)
     if size is not None:
@@ -198,7 +205,9 @@ def row(name, scores, size=None, teacher=None):
     return line
 
 
-def _scored(prediction, teacher, labels, shift, vocab_size):
+def _scored(
+    prediction: Any, teacher: Any, labels: Any, shift: bool, vocab_size: int | None
+) -> list[tuple[Tensor, ...]]:
     """Of the rows that count, a few at a time, on the CPU: a list of (cross-entropy, confidence,
     rightness, agreement), each (n,)."""
     columns = check_sources(prediction, prediction if teacher is None else teacher, vocab_size)
@@ -219,13 +228,13 @@ def _scored(prediction, teacher, labels, shift, vocab_size):
         )
         same = answers
         if teacher is not None:
-            same = _answers(map_rows(teacher, lambda x, rows=rows: x[rows]), columns)
+            same = _answers(map_rows(teacher, partial(take_rows, rows)), columns)
         part = losses.double(), surprise.double().neg().exp(), answers == labels[rows]
         found.append(tuple(x.cpu() for x in (*part, answers == same)))
     return found
 
 
-def _answers(teacher, columns):
+def _answers(teacher: Any, columns: int) -> Tensor:
     """The most probable class of rows (n, ·) of any source -> (n,) int64."""
     if isinstance(teacher, (torch.Tensor, LinearHead)):
         return eager.logits(teacher, columns).argmax(-1)
@@ -242,7 +251,7 @@ def _answers(teacher, columns):
         has_labels=False,
     )
 
-    def kept(source):
+    def kept(source: Any) -> Any:
         if isinstance(source, Ensemble):
             return replace(source, teachers=[kept(x) for x in source.teachers])
         return keep(source, None, objective) if isinstance(source, (TopK, Sampled)) else source
@@ -250,16 +259,16 @@ def _answers(teacher, columns):
     return eager.log_probabilities(kept(teacher), None, objective, torch.float32).argmax(-1)
 
 
-def _distinct(tensors):
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(
         {id(x) if is_sharded(x) else (x.data_ptr(), x.numel()): x for x in tensors}.values()
     )
 
 
-def _device(model):
+def _device(model: nn.Module) -> torch.device:
     return next(model.parameters(), torch.empty(())).device
 
 
-def _finish(device):
+def _finish(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

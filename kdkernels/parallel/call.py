@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .. import autograd, chunked, ops
 from ..kept import Kept, keep
-from ..sources import Ensemble, LinearHead, Sampled, TopK, tensors_of
+from ..objective import Objective
+from ..sources import Dense, Ensemble, LinearHead, Prediction, Sampled, TopK, tensors_of
 from . import groups, merge
 from .rows import rows_of_chunk
 
@@ -23,24 +25,24 @@ COMPILED = (
 class Sharding(NamedTuple):
     """What the vocabulary is sharded over."""
 
-    handle: Any  # torch.distributed.ProcessGroup
+    handle: dist.ProcessGroup
     layout: groups.Layout | None  # where it is certain
     vocab_size: int | None
 
 
 def distill(
-    sharding,
-    student,
-    teacher,
-    labels,
-    weights,
-    num_items,
-    objective,
-    want_terms,
+    sharding: Sharding,
+    student: Dense,
+    teacher: Any,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    objective: Objective,
+    want_terms: bool,
     *,
-    backend,
-    inplace,
-):
+    backend: str,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
     """The loss over a group, as `autograd.distill`; labels and ids are of the whole vocabulary.
 
     Raises:
@@ -49,6 +51,10 @@ def distill(
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(COMPILED)
+    if ops.transformed():
+        raise NotImplementedError("kd_loss over a group has no torch.func transforms")
+    if ops.recorded():
+        raise NotImplementedError("kd_loss over a group cannot be in a selective checkpoint")
     if not (objective.distill_weight or want_terms):
         teacher = None  # not read
     facts = dict(labels=labels, token_weights=weights, num_items=num_items)
@@ -59,7 +65,8 @@ def distill(
     if chunks:
         group.agree(leading.device)  # the size of a message depends on the layout
     while True:
-        local = error = None
+        local: Any = None
+        error: Exception | None = None
         if not group.mistaken:
             try:
                 local = local_arguments(group, teacher, labels, objective)
@@ -78,32 +85,40 @@ def distill(
             group.begin_again(changed)
 
 
-def _group(sharding, student, teacher, facts, objective, *options):
+def _group(
+    sharding: Sharding,
+    student: Dense,
+    teacher: Any,
+    told: dict[str, Tensor | None],
+    objective: Objective,
+    *options: Any,
+) -> groups.Group:
     """The ranks of this call, with what they have to agree on."""
-    facts = {name: groups.checksum(x) for name, x in facts.items() if x is not None}
+    facts = {name: groups.checksum(x) for name, x in told.items() if x is not None}
     handle, layout, vocab_size = sharding
     objective = replace(objective, vocab_size=vocab_size or 0)
-    sources, options = [], [objective, *options, sorted(facts)]
-    members = [("student", student), ("teacher", teacher)]
+    sources: list[groups.Source] = []
+    agreed = [objective, *options, sorted(facts)]
+    members: list[tuple[str, Any]] = [("student", student), ("teacher", teacher)]
     if isinstance(teacher, Ensemble):
         members[1:] = [(f"teacher.teachers[{k}]", x) for k, x in enumerate(teacher.teachers)]
-        options += [teacher.shares(), teacher.mean]
+        agreed += [teacher.shares(), teacher.mean]
     for name, x in members:
         if isinstance(x, LinearHead):
             sources.append(groups.Source(f"{name}.weight", len(x.weight), groups.sample(x.weight)))
             facts[f"{name}.hidden"] = groups.checksum(groups.sample(x.hidden))
             summed = x.hidden.requires_grad and torch.is_grad_enabled()
-            options.append((x.hidden.dtype, x.logit_scale, x.softcap, x.chunk_rows, summed))
+            agreed.append((x.hidden.dtype, x.logit_scale, x.softcap, x.chunk_rows, summed))
         elif isinstance(x, torch.Tensor):
             sources.append(groups.Source(name, x.shape[-1], groups.sample(x)))
-            options.append(x.dtype)
+            agreed.append(x.dtype)
         elif x is not None:
             facts |= {name + field: groups.checksum(tensor) for field, tensor in tensors_of(x)}
-            options.append(getattr(x, "tail", None))
-    return groups.Group(handle, sources, repr(options), facts, vocab_size, layout)
+            agreed.append(getattr(x, "tail", None))
+    return groups.Group(handle, sources, repr(agreed), facts, vocab_size, layout)
 
 
-def _nothing(leading, teacher, count):
+def _nothing(leading: Tensor, teacher: Any, count: int | None) -> Tensor:
     """As large as the statistics of the first rows."""
     rows = leading.shape[:-1].numel()
     if count is not None:
@@ -115,7 +130,9 @@ def _nothing(leading, teacher, count):
 # ---- A rank's share of the arguments -------------------------------------------------------------
 
 
-def local_arguments(group, teacher, labels, objective):
+def local_arguments(
+    group: groups.Group, teacher: Any, labels: Tensor | None, objective: Objective
+) -> tuple[Any, Tensor | None, Objective]:
     """teacher, labels and objective of this rank's columns."""
     layout, rank = group.layout, group.rank
     inputs = labels, objective, layout, rank
@@ -127,7 +144,9 @@ def local_arguments(group, teacher, labels, objective):
     return teacher, labels, replace(objective, ignore_index=IGNORED, vocab_size=columns)
 
 
-def local_labels(labels, objective, layout, rank):
+def local_labels(
+    labels: Tensor | None, objective: Objective, layout: groups.Layout, rank: int
+) -> Tensor | None:
     """labels (L) or (B, L) of the vocabulary -> columns of this rank, and the codes above."""
     if labels is None:
         return None
@@ -138,7 +157,9 @@ def local_labels(labels, objective, layout, rank):
     return local.masked_fill_(labels == objective.ignore_index, IGNORED)
 
 
-def local_teacher(teacher, labels, objective, layout, rank):
+def local_teacher(
+    teacher: Any, labels: Tensor | None, objective: Objective, layout: groups.Layout, rank: int
+) -> Any:
     """A teacher, what is sparse in it as the `Kept` of this rank's columns."""
     if isinstance(teacher, Ensemble):
         members = [local_teacher(x, labels, objective, layout, rank) for x in teacher.teachers]
@@ -155,7 +176,14 @@ def local_teacher(teacher, labels, objective, layout, rank):
 # ---- DTensors ------------------------------------------------------------------------------------
 
 
-def opened(student, teacher, labels, weights, group, vocab_size):
+def opened(
+    student: Dense,
+    teacher: Prediction,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+) -> tuple[Sharding | None, Any, Any, Tensor | None, Tensor | None]:
     """`Sharding` or None, and the arguments as this rank has them.
 
     Raises:
@@ -170,10 +198,12 @@ def opened(student, teacher, labels, weights, group, vocab_size):
             )
         if dist.get_rank(group) < 0:
             raise ValueError("group must have this rank among its own, got one that has not")
-    members = [("student", student), ("teacher", teacher)]
-    ensemble = isinstance(teacher, Ensemble) and isinstance(teacher.teachers, (list, tuple))
-    if ensemble:
-        members[1:] = [(f"teacher.teachers[{k}]", x) for k, x in enumerate(teacher.teachers)]
+    members: list[tuple[str, Any]] = [("student", student), ("teacher", teacher)]
+    ensemble = teacher if isinstance(teacher, Ensemble) else None
+    if ensemble is not None and not isinstance(ensemble.teachers, (list, tuple)):
+        ensemble = None  # an error that is told later
+    if ensemble is not None:
+        members[1:] = [(f"teacher.teachers[{k}]", x) for k, x in enumerate(ensemble.teachers)]
     layout = None
     for name, x in members:
         for handle, classes in _sharded_over(name, x):
@@ -182,30 +212,30 @@ def opened(student, teacher, labels, weights, group, vocab_size):
                 raise ValueError(f"{name} must be sharded over the ranks of group, got other ranks")
             if x is student:
                 layout = _even(classes, dist.get_world_size(handle), vocab_size)
-    student, *members = (_local(x, group) for _, x in members)
-    teacher = Ensemble(members, teacher.weights, teacher.mean) if ensemble else members[0]
-    labels, weights = (_plain(x) for x in (labels, weights))
+    own, *others = (_local(x, group) for _, x in members)
+    whole = others[0] if ensemble is None else Ensemble(others, ensemble.weights, ensemble.mean)
+    local = own, whole, _plain(labels), _plain(weights)
     if group is None or dist.get_world_size(group) == 1:
-        return None, student, teacher, labels, weights
-    return Sharding(group, layout, vocab_size), student, teacher, labels, weights
+        return None, *local
+    return Sharding(group, layout, vocab_size), *local
 
 
-def _is_dtensor(x):
+def _is_dtensor(x: Any) -> bool:
     return hasattr(x, "device_mesh")
 
 
-def _plain(x):
+def _plain(x: Any) -> Any:
     return x.to_local() if _is_dtensor(x) else x
 
 
-def _even(classes, ranks, vocab_size):
+def _even(classes: int, ranks: int, vocab_size: int | None) -> groups.Layout:
     """As DTensor's Shard cuts them."""
     chunk = -(-classes // ranks)
     starts = tuple(min(rank * chunk, classes) for rank in range(ranks + 1))
     return groups.Layout(starts, classes if vocab_size is None else vocab_size)
 
 
-def _sharded_over(name, x):
+def _sharded_over(name: str, x: Any) -> list[tuple[dist.ProcessGroup, int]]:
     """[(process group, V)] of a source whose columns are sharded DTensors; [] of others.
 
     A weight alone does not say: FSDP2 shards those too, of hidden states that differ.
@@ -228,7 +258,7 @@ def _sharded_over(name, x):
     return [(mesh.get_group(k), of_columns.shape[dim]) for k in sharded]
 
 
-def _local(x, group):
+def _local(x: Any, group: dist.ProcessGroup | None) -> Any:
     """A source as this rank has it."""
     if isinstance(x, LinearHead):
         if group is None:
@@ -242,7 +272,7 @@ def _local(x, group):
     return _plain(x)
 
 
-def _own_rows(x, group):
+def _own_rows(x: Any, group: dist.ProcessGroup) -> Any:
     """A weight (V, H) or bias (V): this rank's rows, where they are sharded over the group.
 
     Where they are sharded over other ranks too (FSDP2), those have gradients of their own, of which

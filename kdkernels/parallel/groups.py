@@ -9,28 +9,30 @@ all, so that nobody waits for somebody who will not come.
 import functools
 import weakref
 import zlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class Layout(NamedTuple):
     """Where the columns of each rank begin and end."""
 
-    starts: tuple  # R + 1 ints
+    starts: tuple[int, ...]  # R + 1
     classes: int  # V: columns from there on are padding
 
-    def columns(self, rank):
+    def columns(self, rank: int) -> tuple[int, int]:
         """The rank's first column, and how many it has that are no padding."""
         first = min(self.starts[rank], self.classes)
         return first, min(self.starts[rank + 1], self.classes) - first
 
-    def counts(self):
+    def counts(self) -> list[int]:
         return [self.columns(rank)[1] for rank in range(len(self.starts) - 1)]
 
 
-def layout_of(widths, vocab_size):
+def layout_of(widths: Sequence[int], vocab_size: int | None) -> Layout:
     starts = [0]
     for width in widths:
         starts.append(starts[-1] + width)
@@ -40,7 +42,7 @@ def layout_of(widths, vocab_size):
 class LayoutChangedError(Exception):
     """What this call took the layout to be is not so: all ranks begin it again with `layout`."""
 
-    def __init__(self, layout):
+    def __init__(self, layout: Layout) -> None:
         super().__init__("the columns lie elsewhere")
         self.layout = layout
 
@@ -50,13 +52,13 @@ class Source(NamedTuple):
 
     name: str
     width: int
-    sample: torch.Tensor  # (SAMPLE_ROWS, SAMPLE_COLUMNS) float64
+    sample: Tensor  # (SAMPLE_ROWS, SAMPLE_COLUMNS) float64
 
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 16
 
 
-def sample(x):
+def sample(x: Tensor) -> Tensor:
     """Some numbers of x (…, n), from all over it: (SAMPLE_ROWS, SAMPLE_COLUMNS) float64."""
     shape = SAMPLE_ROWS, SAMPLE_COLUMNS
     if not x.numel():
@@ -72,18 +74,18 @@ def sample(x):
     return x.detach()[tuple(index)].double()
 
 
-def waits_for(device):
+def waits_for(device: torch.device) -> bool:
     """Whether it costs nothing to look at what a message brought."""
     return device.type == "cpu"
 
 
 @functools.lru_cache(1024)
-def constants(values, device):
+def constants(values: Any, device: torch.device) -> Tensor:
     """Numbers as a float64 tensor on a device, which no call has to wait for a second time."""
     return torch.tensor(values, dtype=torch.float64).to(device)
 
 
-def checksum(x):
+def checksum(x: Tensor) -> Tensor:
     """A number () float64 that depends on every bit of x (…), and on their order."""
     bits = x.detach().flatten().double().view(torch.int64)
     places = torch.arange(x.numel(), device=x.device) * 0x9E3779B97F4A7C1 + 1
@@ -96,10 +98,11 @@ class Found(NamedTuple):
     """What all ranks know since they looked at each other's headers."""
 
     layout: Layout
-    widths: list  # of each source, of each rank
+    widths: list[list[int]]  # of each source, of each rank
 
 
 # Of process groups: Group.key -> Found.
+FOUND: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Any, Found]]
 FOUND = weakref.WeakKeyDictionary()
 
 
@@ -111,7 +114,15 @@ class Group:
     that is certain.
     """
 
-    def __init__(self, handle, sources, options, facts, vocab_size, layout=None):
+    def __init__(
+        self,
+        handle: dist.ProcessGroup,
+        sources: list[Source],
+        options: str,
+        facts: dict[str, Tensor],
+        vocab_size: int | None,
+        layout: Layout | None = None,
+    ) -> None:
         self.handle, self.sources, self.facts = handle, sources, facts
         self.options = zlib.crc32(options.encode())
         self.rank, self.size = dist.get_rank(handle), dist.get_world_size(handle)
@@ -125,7 +136,7 @@ class Group:
         self.begun = False
 
     @property
-    def mistaken(self):
+    def mistaken(self) -> bool:
         """Whether the layout cannot be right, by what this rank knows."""
         begin, end = self.layout.starts[self.rank : self.rank + 2]
         _, count = self.layout.columns(self.rank)
@@ -135,7 +146,7 @@ class Group:
 
     # ---- Messages ----
 
-    def gather(self, x, wait=True):
+    def gather(self, x: Tensor, wait: bool = True) -> Any:
         """x (n) -> (R, n), in the order of the ranks, and without `wait` what to wait for."""
         out = x.new_empty((self.size, x.numel()))
         # Its name up to torch 2.12.
@@ -143,11 +154,11 @@ class Group:
         work = gather(out.view(-1), x.contiguous(), group=self.handle, async_op=not wait)
         return out if wait else (out, work)
 
-    def add_up(self, x):
+    def add_up(self, x: Tensor) -> Any:
         """Σ x over the ranks, into x once what is returned has been waited for."""
         return dist.all_reduce(x, group=self.handle, async_op=True)
 
-    def first_message(self, x, error=None):
+    def first_message(self, x: Tensor, error: Exception | None = None) -> Tensor:
         """x (n) -> (R, n), having made sure that the ranks agree.
 
         error: why this rank has no x to give; it is raised, on the other ranks as a RuntimeError.
@@ -172,7 +183,7 @@ class Group:
             )
         return self._poisoned(headers, x)
 
-    def agree(self, device):
+    def agree(self, device: torch.device) -> None:
         """Sees to it that all ranks take the layout to be the same."""
         if self.certain or self.key in self.found:
             return
@@ -182,30 +193,30 @@ class Group:
             self.begin_again(changed)
         self.begun = False
 
-    def begin_again(self, changed):
+    def begin_again(self, changed: LayoutChangedError) -> None:
         self.layout, self.begun = changed.layout, False
 
     # ---- The header ----
 
-    def _place(self, rank, widths, status=0):
+    def _place(self, rank: int, widths: Sequence[int], status: int = 0) -> tuple[int, ...]:
         """What a rank says of itself before its facts."""
         first, _ = self.layout.columns(rank)
         return status, self.options, first, self.layout.classes, *widths
 
-    def _header(self, device, failed):
+    def _header(self, device: torch.device, failed: bool) -> Tensor:
         place = self._place(self.rank, [x.width for x in self.sources], int(failed))
         facts = [x[None] for x in self.facts.values()]
         samples = [x.sample.flatten() for x in self.sources]
         return torch.cat([constants(place, device), *facts, *samples])
 
-    def _split(self, headers):
+    def _split(self, headers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """places (R, 4 + sources), facts (R, facts), samples (R, sources, …) of headers (R, …)."""
         places = 4 + len(self.sources)
         sizes = places, len(self.facts), len(self.sources) * SAMPLE_ROWS * SAMPLE_COLUMNS
         places, facts, samples = headers.split(sizes, dim=1)
         return places, facts, samples.view(self.size, -1, SAMPLE_ROWS, SAMPLE_COLUMNS)
 
-    def _look(self, headers, error):
+    def _look(self, headers: Tensor, error: Exception | None) -> None:
         places, facts, samples = self._split(headers)
         self._check_facts(torch.cat([places[:, 1:2], facts], 1))
         widths = [[int(x) for x in column] for column in places[:, 4:].T]
@@ -221,7 +232,7 @@ class Group:
         if failed:
             raise RuntimeError(f"rank {failed[0]} of group could not go on: its own error says why")
 
-    def _check_facts(self, facts):
+    def _check_facts(self, facts: Tensor) -> None:
         differs = (facts.view(torch.int64) != facts[0].view(torch.int64)).nonzero().tolist()
         if differs:
             rank, number = differs[0]
@@ -231,7 +242,7 @@ class Group:
                 "differ"
             )
 
-    def _layout_by(self, widths):
+    def _layout_by(self, widths: list[list[int]]) -> Layout:
         """widths: of each source, of each rank."""
         layout = layout_of(widths[0], self.vocab_size)
         if not layout.starts[-1]:
@@ -251,7 +262,7 @@ class Group:
                     )
         return layout
 
-    def _check_replicas(self, samples, layout, widths):
+    def _check_replicas(self, samples: Tensor, layout: Layout, widths: list[list[int]]) -> None:
         for source, replicated in zip(self.sources, self._replicated(samples, widths), strict=True):
             if replicated:
                 raise ValueError(
@@ -260,7 +271,7 @@ class Group:
                     f"shards are meant to be equal, vocab_size={layout.starts[-1]}"
                 )
 
-    def _replicated(self, samples, widths):
+    def _replicated(self, samples: Tensor, widths: list[list[int]]) -> Tensor:
         """Of samples (R, sources, …), which sources seem to be the same on all ranks: bool
         (sources). Not those of which nothing tells one column from another."""
         samples = _bits(samples)
@@ -280,7 +291,7 @@ class Group:
         ]
         return alike & torch.stack(told) & constants(tuple(possible), alike.device).bool()
 
-    def _poisoned(self, headers, x):
+    def _poisoned(self, headers: Tensor, x: Tensor) -> Tensor:
         """x (R, n), NaN where ranks do not agree any more, without waiting for the device."""
         places, facts, samples = self._split(headers)
         widths = self.found[self.key].widths
@@ -293,5 +304,5 @@ class Group:
         return torch.where(agree, x, float("nan"))
 
 
-def _bits(x):
+def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int64)

@@ -8,14 +8,18 @@ forward KL takes, and nothing cancels where q is near p. Everything here is floa
 row, in the order of the shards: the same bits wherever it is computed.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..backends.eager_shards import kept_normalisers
+from ..objective import Objective
 
 INF = float("inf")
+Fields = dict[str, Tensor]
 
 
 BLOCK = 2**18  # rows of all shards that are merged at a time: it takes several times their memory
@@ -24,14 +28,16 @@ BLOCK = 2**18  # rows of all shards that are merged at a time: it takes several 
 class Whole(NamedTuple):
     """What is known of whole rows, (L) or (B, L) each."""
 
-    merged: torch.Tensor  # (fields + 1, …): what the operators take; its last field is 0
-    kl: torch.Tensor  # the forward KL
-    cross_entropy: torch.Tensor
-    distill_ok: torch.Tensor  # a row of NaN, of +inf or of nothing but −inf has no softmax
-    hard_ok: torch.Tensor
+    merged: Tensor  # (fields + 1, …): what the operators take; its last field is 0
+    kl: Tensor  # the forward KL
+    cross_entropy: Tensor
+    distill_ok: Tensor  # a row of NaN, of +inf or of nothing but −inf has no softmax
+    hard_ok: Tensor
 
 
-def merge(parts, columns, log_rest, objective):
+def merge(
+    parts: Tensor, columns: Sequence[int], log_rest: Tensor | None, objective: Objective
+) -> Whole:
     """Statistics (R, F, …) of all shards -> `Whole`.
 
     columns: how many each shard has. log_rest: (…), a sparse teacher's log-probability of the
@@ -44,12 +50,15 @@ def merge(parts, columns, log_rest, objective):
     return Whole(*(torch.cat(x, -1).unflatten(-1, lead) for x in zip(*found, strict=True)))
 
 
-def _merge(parts, log_rest, columns, objective):
+def _merge(
+    parts: Tensor, log_rest: Tensor | None, columns: Sequence[int], objective: Objective
+) -> Whole:
     if log_rest is None:
         fields = _merge_dense(parts, columns, objective.temperature)
         highest, rest = fields["max_s"], fields["z_rest"]
         distill_ok = (fields["z_s"] > 0) & (fields["z_t"] > 0)
-        names, kl = ops.SHARD_FIELDS, fields["kl"]
+        names: tuple[str, ...] = ops.SHARD_FIELDS
+        kl = fields["kl"]
     else:
         fields = _merge_kept(parts, columns, objective.temperature)
         highest = fields["highest"]
@@ -65,16 +74,16 @@ def _merge(parts, log_rest, columns, objective):
     return Whole(merged, kl, cross_entropy, distill_ok, hard_ok)
 
 
-def _drop(maxima, highest):
+def _drop(maxima: Tensor, highest: Tensor) -> Tensor:
     """maxima (R, …) less the highest (…): −inf for what has none."""
     return torch.where(maxima == -INF, -INF, maxima - highest)
 
 
-def _anchor(maximum):
+def _anchor(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -INF, 0.0)
 
 
-def normaliser_parts(x, T):
+def normaliser_parts(x: Tensor, T: float) -> Tensor:
     """Of logits x (…, n) of a shard: the maximum and Σ e^{(x − max)/T}, float64 (2, …)."""
     if not x.shape[-1]:
         return torch.stack([x.new_full(x.shape[:-1], y, dtype=torch.float64) for y in (-INF, 0.0)])
@@ -83,25 +92,28 @@ def normaliser_parts(x, T):
     return torch.stack([maximum.double(), z])
 
 
-def normalisers(parts, T):
+def normalisers(parts: Tensor, T: float) -> tuple[Tensor, Tensor]:
     """Such parts (R, 2, …) of all shards -> the maximum and log Σ e^{(x − max)/T} of whole rows."""
     maxima, z = parts.unbind(1)
     maximum = maxima.amax(0)
     return maximum, (z * (_drop(maxima, maximum) / T).exp()).sum(0).log()
 
 
-def _expm1_gap(d):
+def _expm1_gap(d: Tensor) -> Tensor:
     """e^d − 1 − d"""
     return torch.where(d.abs() < 1e-3, d * d * (0.5 + d * (1 / 6 + d / 24)), d.expm1() - d)
 
 
-def _merge_offset(offset, maxima, highest, columns):
+def _merge_offset(
+    offset: Tensor, maxima: Tensor, highest: Tensor, columns: Sequence[int]
+) -> Tensor:
     """Σ (s − highest) of Σ (s − maximum), of shards (R, …) with so many columns."""
     moved = _anchor(maxima) - _anchor(highest)
-    return sum(x + count * y for x, y, count in zip(offset, moved, columns, strict=True))
+    total: Tensor = sum(x + count * y for x, y, count in zip(offset, moved, columns, strict=True))
+    return total
 
 
-def _merge_dense(parts, columns, T):
+def _merge_dense(parts: Tensor, columns: Sequence[int], T: float) -> Fields:
     part = dict(zip(ops.SHARD_FIELDS, parts.unbind(1), strict=True))
     max_s, max_t = part["max_s"].amax(0), part["max_t"].amax(0)
     d_s, d_t = _drop(part["max_s"], max_s), _drop(part["max_t"], max_t)
@@ -129,7 +141,7 @@ def _merge_dense(parts, columns, T):
     return fields | dict(log_ratio=log_ratio, kl=(within + between).sum(0))
 
 
-def _merge_kept(parts, columns, T):
+def _merge_kept(parts: Tensor, columns: Sequence[int], T: float) -> Fields:
     part = dict(zip(ops.KEPT_SHARD_FIELDS, parts.unbind(1), strict=True))
     others, highest = part["others"].amax(0), part["highest"].amax(0)
     d_others, d = _drop(part["others"], others), _drop(part["highest"], highest)
@@ -145,7 +157,7 @@ def _merge_kept(parts, columns, T):
     return fields | dict(cross=(part["cross"] - moved).sum(0))
 
 
-def _kept_kl(fields, log_z, log_q_rest, log_rest):
+def _kept_kl(fields: Fields, log_z: Tensor, log_q_rest: Tensor, log_rest: Tensor) -> Tensor:
     """Σ p (log p − log q) over the kept classes and the rest."""
     p_rest = log_rest.exp()
     rest = torch.where(p_rest > 0, p_rest * (log_rest - log_q_rest), 0.0)
@@ -153,7 +165,9 @@ def _kept_kl(fields, log_z, log_q_rest, log_rest):
     return (fields["cross"] + fields["share"] * log_z + rest).clamp(min=0)
 
 
-def _cross_entropy(fields, rest, x_label, classes, smoothing):
+def _cross_entropy(
+    fields: Fields, rest: Tensor, x_label: Tensor, classes: int, smoothing: float
+) -> Tensor:
     # Neither form subtracts what cancels: at the maximum the loss is the log of 1 + the rest,
     # elsewhere both summands are positive.
     log_z = (rest + x_label.exp()).log()
@@ -164,7 +178,7 @@ def _cross_entropy(fields, rest, x_label, classes, smoothing):
     return (1 - smoothing) * loss + smoothing * uniform if smoothing < 1 else uniform
 
 
-def add_terms(whole, terms):
+def add_terms(whole: Whole, terms: Tensor) -> tuple[Tensor, Tensor]:
     """Terms (R, 3, …) of all shards -> `Whole` with the mean slope, D (…)."""
     value, mass, slope = terms.sum(0)
     mean = torch.where(value.isinf(), float("nan"), slope / mass)  # infinite, without a gradient
@@ -172,7 +186,14 @@ def add_terms(whole, terms):
     return merged, value
 
 
-def row_losses(whole, divergence, labels, weights, objective, want_terms):
+def row_losses(
+    whole: Whole,
+    divergence: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    objective: Objective,
+    want_terms: bool,
+) -> Tensor:
     """Float64 (3, …): weight · loss, the distillation term, the cross-entropy; 0 for rows that do
     not count.
 

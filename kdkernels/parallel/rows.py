@@ -10,15 +10,20 @@ Rows of heads come in chunks: while the statistics of one are on their way, the 
 projected, so that two chunks of logits exist at a time.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import chunked, ops
 from ..backends import eager
 from ..kept import Kept
-from ..sources import LinearHead
+from ..objective import Objective
+from ..sources import Dense, Ensemble, LinearHead
 from . import groups, merge
 
 
@@ -27,10 +32,10 @@ class Part:
     """Rows on their way from statistics to gradient."""
 
     step: chunked.Step
-    student: torch.Tensor  # logits (L, V) or (B, L, V) of this rank
+    student: Tensor  # logits (L, V) or (B, L, V) of this rank
     teacher: Any  # likewise, or `Kept`, or None
-    labels: torch.Tensor | None
-    weights: torch.Tensor | None
+    labels: Tensor | None
+    weights: Tensor | None
     statistics: Any = None  # (R, F, …), once there is nothing to wait for
     work: Any = None
 
@@ -38,7 +43,17 @@ class Part:
 class Rows:
     """All rows of a call: the operators of a backend over the ranks of a group."""
 
-    def __init__(self, group, teacher, labels, weights, num_items, want_terms, objective, backend):
+    def __init__(
+        self,
+        group: groups.Group,
+        teacher: Any,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        num_items: Tensor | None,
+        want_terms: bool,
+        objective: Objective,
+        backend: str,
+    ) -> None:
         self.group, self.objective, self.backend = group, objective, backend
         self.labels, self.weights, self.num_items = labels, weights, num_items
         self.want_terms, self.options = want_terms, objective.options()
@@ -47,7 +62,12 @@ class Rows:
         self.counts, self.classes = group.layout.counts(), group.layout.classes
         self.columns = objective.vocab_size
 
-    def in_parts(self, students, teachers, finish):
+    def in_parts(
+        self,
+        students: Iterable[tuple[chunked.Step, Tensor]],
+        teachers: Teacher | None,
+        finish: Callable[[Part], None],
+    ) -> None:
         """`finish(part)` for each of (step, logits) in `students`, of which two exist at a time:
         one is started before the other is finished."""
         before = None
@@ -63,10 +83,10 @@ class Rows:
         if before is not None:
             finish(before)
 
-    def _inputs(self, part):
+    def _inputs(self, part: Part) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
         return part.student, ops.as_list(part.teacher, part.student), part.labels, part.weights
 
-    def _start(self, part):
+    def _start(self, part: Part) -> Part:
         """Statistics, and their exchange."""
         found = self._statistics(part)
         if self.group.begun:
@@ -76,18 +96,19 @@ class Rows:
         part.statistics = gathered.reshape(-1, *found.shape)
         return part
 
-    def _statistics(self, part):
+    def _statistics(self, part: Part) -> Tensor:
         inputs = self._inputs(part)
         if self.columns:
             operator = ops.get("shard_statistics", self.backend)
-            return operator(*inputs, self.want_terms, *self.options)
+            found: Tensor = operator(*inputs, self.want_terms, *self.options)
+            return found
         fields = ops.shard_fields(inputs[1])
         maxima = {"max_s", "max_t", "others", "highest", "label"}
-        found = tuple(-merge.INF if name in maxima else 0.0 for name in fields)
-        found = groups.constants(found, part.student.device)
+        nothing = tuple(-merge.INF if name in maxima else 0.0 for name in fields)
+        found = groups.constants(nothing, part.student.device)
         return found.view(-1, *(1,) * (part.student.dim() - 1)).expand(-1, *part.student.shape[:-1])
 
-    def finish(self, part, grad):
+    def finish(self, part: Part, grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """-> rows (3, …) float64 and unscale; the gradient into `grad`, which may be the student's
         memory, or None."""
         if part.work is not None:
@@ -101,35 +122,38 @@ class Rows:
         rows = merge.row_losses(whole, divergence, *inputs)
         return rows, None if grad is None else self._gradient(part, merged, grad)
 
-    def _terms(self, part, merged):
+    def _terms(self, part: Part, merged: Tensor) -> Tensor:
         """(R, 3, …)"""
         found = ops.new_statistics(part.student, ops.TERM_FIELDS).zero_()
         if self.columns:
             operator = ops.get("shard_terms", self.backend)
             leads = not any(self.counts[: self.group.rank])  # the first that has columns
             found = operator(*self._inputs(part), merged, self.want_terms, leads, *self.options)
-        return self.group.gather(found.flatten()).view(-1, *found.shape)
+        gathered: Tensor = self.group.gather(found.flatten())
+        return gathered.view(-1, *found.shape)
 
-    def _gradient(self, part, merged, grad):
+    def _gradient(self, part: Part, merged: Tensor, grad: Tensor) -> Tensor:
         if not self.columns:
             grad.zero_()
             return ops.new_unscale(part.student).fill_(1)
         operator = ops.get("shard_gradient_", self.backend)
         inputs = *self._inputs(part), self.num_items, merged, grad, self.classes
-        return operator(*inputs, *self.options)
+        unscale: Tensor = operator(*inputs, *self.options)
+        return unscale
 
 
 class Teacher(chunked.Teacher):
     """What the operators take of a teacher, of which this rank has some of the columns."""
 
-    def __init__(self, teacher, objective, rows, group):
+    def __init__(self, teacher: Any, objective: Objective, rows: int, group: groups.Group) -> None:
         super().__init__(teacher, objective, rows, buffers=2)
         self.group = group
 
-    def log_mean(self, ensemble):
+    def log_mean(self, ensemble: Ensemble) -> Tensor:
         # A member is normalised over all ranks, before they are added up; what is sparse is so.
         T, columns = self.objective.temperature, self.objective.vocab_size
-        dense = [x for x in ensemble.teachers if not isinstance(x, Kept)]
+        teachers: Sequence[Any] = ensemble.teachers
+        dense = [x for x in teachers if not isinstance(x, Kept)]
         logits = [eager.logits(x, columns) for x in dense]
         dtype = logits[0].dtype if logits else torch.float32
         log_p = []
@@ -140,27 +164,26 @@ class Teacher(chunked.Teacher):
             for x, maximum, z in zip(logits, maxima, log_z, strict=True):
                 x = (x - maximum[..., None].to(dtype)) / T
                 log_p.append(x.sub_(z[..., None].to(dtype)))
-        log_p = iter(log_p)
+        of_dense = iter(log_p)
         members = (
-            x.dense(columns, dtype) if isinstance(x, Kept) else next(log_p)
-            for x in ensemble.teachers
+            x.dense(columns, dtype) if isinstance(x, Kept) else next(of_dense) for x in teachers
         )
         return eager.mean_of(ensemble, members)
 
 
 def dense_losses(
-    student,
-    want_grad,
-    inplace,
-    teacher,
-    labels,
-    weights,
-    num_items,
-    want_terms,
-    objective,
-    backend,
-    group,
-):
+    student: Tensor,
+    want_grad: bool,
+    inplace: bool,
+    teacher: Any,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    want_terms: bool,
+    objective: Objective,
+    backend: str,
+    group: groups.Group,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `autograd.dense_losses`."""
     lead, chunks = student.shape[:-1], chunked.in_chunks(teacher)
     objective = chunked.with_heads(objective, student, teacher)
@@ -170,11 +193,11 @@ def dense_losses(
     rows = Rows(group, teacher, labels, weights, num_items, want_terms, objective, backend)
     count = rows_of_chunk(student, teacher, group) if chunks else max(lead.numel(), 1)
 
-    def finish(part):
+    def finish(part: Part) -> None:
         index = part.step.index
         found, part_unscale = rows.finish(part, grad[index] if want_grad else None)
         losses[(slice(None), *index)] = found
-        if want_grad and unscale.dim():
+        if part_unscale is not None and unscale.dim():
             unscale[index] = part_unscale
 
     students = ((step, student[step.index]) for step in chunked.steps(lead, count))
@@ -184,8 +207,17 @@ def dense_losses(
 
 
 def head_losses(
-    head, wanted, teacher, labels, weights, num_items, want_terms, objective, backend, group
-):
+    head: LinearHead,
+    wanted: Sequence[bool],
+    teacher: Any,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    want_terms: bool,
+    objective: Objective,
+    backend: str,
+    group: groups.Group,
+) -> tuple[Tensor, Tensor, chunked.HeadGradients]:
     """As `autograd.head_losses`: the gradient of the hidden states is that of all ranks."""
     lead, columns = head.hidden.shape[:-1], objective.vocab_size
     reduction = objective.reduction
@@ -200,7 +232,7 @@ def head_losses(
     counts = None if counts is None else counts.flatten()
     sums = []
 
-    def finish(part):
+    def finish(part: Part) -> None:
         step, logits = part.step, part.student
         losses[(slice(None), *step.index)], _ = rows.finish(part, logits if any(wanted) else None)
         if not any(wanted):
@@ -220,7 +252,7 @@ def head_losses(
     return _reduced(losses[0], wide, num_items, objective), wide, gradients
 
 
-def rows_of_chunk(student, teacher, group):
+def rows_of_chunk(student: Dense, teacher: Any, group: groups.Group) -> int:
     """Rows whose logits exist at a time, the same on every rank; there are two such chunks."""
     columns = max(group.layout.counts())
     rows = chunked.step_rows(student, teacher, 2 * columns)
@@ -229,7 +261,9 @@ def rows_of_chunk(student, teacher, group):
     return rows
 
 
-def _reduced(losses, rows, num_items, objective):
+def _reduced(
+    losses: Tensor, rows: Tensor, num_items: Tensor | None, objective: Objective
+) -> Tensor:
     """losses (…) float64, rows (3, …) -> the loss."""
     if objective.reduction == "none":
         return rows[0].clone()

@@ -8,7 +8,9 @@ dense:fp32|bf16|fp16           all logits
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
+from ...sources import LinearHead, Tail
 from ..errors import Malformed
 from ..shard import canonical
 from . import entries, floats
@@ -17,12 +19,25 @@ from .hidden import HiddenKind, check_head, head_file
 from .sampled import SampledKind
 from .topk import TAILS, TopKKind, most_probable
 
-__all__ = ["TAILS", "HiddenKind", "SampledKind", "head_file", "most_probable", "of", "parse"]
+Kind: TypeAlias = TopKKind | SampledKind | HiddenKind | DenseKind
+
+__all__ = [
+    "TAILS",
+    "HiddenKind",
+    "Kind",
+    "SampledKind",
+    "head_file",
+    "most_probable",
+    "of",
+    "parse",
+]
 
 MOST_ENTRIES = 2**16 - 1  # of a row
 
 
-def parse(spec, vocab_size, *, tail="bucket", head=None):
+def parse(
+    spec: str, vocab_size: int, *, tail: Tail = "bucket", head: LinearHead | None = None
+) -> Kind:
     """A kind as people write it, "topk:64", for V classes.
 
     Args:
@@ -45,7 +60,7 @@ def parse(spec, vocab_size, *, tail="bucket", head=None):
         return TopKKind(vocab_size, int(option), tail)
     if name == "sampled" and _is_count(option, MOST_ENTRIES):
         return SampledKind(vocab_size, int(option))
-    if name == "hidden" and option in (*floats.FLOATS, "fp8"):
+    if head is not None and option in (*floats.FLOATS, "fp8"):
         size, scale, softcap = head.weight.shape[1], float(head.logit_scale), head.softcap
         check_head(size, scale, softcap)
         digest = hashlib.sha256()
@@ -61,7 +76,7 @@ def parse(spec, vocab_size, *, tail="bucket", head=None):
     )
 
 
-def of(facts, vocab_size):
+def of(facts: Any, vocab_size: int) -> Kind:
     """A kind as `describe` says it.
 
     Raises:
@@ -76,7 +91,7 @@ def of(facts, vocab_size):
     return kind
 
 
-def _of(facts, vocab_size):
+def _of(facts: Any, vocab_size: int) -> Kind:
     if not isinstance(facts, Mapping):
         raise Malformed("no kind")
     name = facts["name"]
@@ -93,12 +108,12 @@ def _of(facts, vocab_size):
     return parse(f"{name}:{facts['draws' if name == 'sampled' else 'dtype']}", vocab_size)
 
 
-def _check_classes(vocab_size):
+def _check_classes(vocab_size: object) -> None:
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
     if not 1 <= vocab_size <= entries.MOST_CLASSES:
         raise ValueError(f"vocab_size must be in [1, {entries.MOST_CLASSES}], got {vocab_size}")
 
 
-def _is_count(text, most):
+def _is_count(text: str, most: int) -> bool:
     return text.isdecimal() and text.isascii() and 1 <= int(text) <= most and text == str(int(text))

@@ -1,11 +1,14 @@
 """All logits of a row."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...files import Array
 from ...source_rows import logit_chunks
-from ...sources import LinearHead
+from ...sources import LinearHead, Tail
 from ..errors import Malformed
 from . import checks, floats
 
@@ -15,15 +18,15 @@ class DenseKind:
 
     name = "dense"
 
-    def __init__(self, vocab_size, dtype):
+    def __init__(self, vocab_size: int, dtype: str) -> None:
         self.vocab_size, self.dtype = vocab_size, dtype
         self.spec = f"dense:{dtype}"
         self.columns = floats.columns("logits", dtype, vocab_size)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {"name": "dense", "dtype": self.dtype, "bound": floats.bound("logits", self.dtype)}
 
-    def encode(self, prediction, seed):
+    def encode(self, prediction: Tensor | LinearHead, seed: int) -> dict[str, Array]:
         """Logits (n, V), or a `LinearHead` of n rows."""
         checks.one_of(prediction, torch.Tensor, LinearHead)
         checks.logits(prediction, self.vocab_size)
@@ -36,17 +39,19 @@ class DenseKind:
             raise ValueError("logits must have a finite one in each row, got −inf only")
         return {"logits": floats.rounded("logits", logits, self.dtype)}
 
-    def decode(self, columns):
+    def decode(self, columns: dict[str, Array]) -> dict[str, Tensor]:
         """{column: numbers of n rows} -> {"logits": (n, V)}, a float tensor"""
         bits = columns["logits"].reshape(-1, self.vocab_size)
         return {"logits": floats.tensor(bits, self.dtype)}
 
-    def check(self, columns, decoded):
+    def check(self, columns: dict[str, Array], decoded: dict[str, Tensor]) -> None:
         logits = decoded["logits"]
         if (logits.isnan() | (logits == math.inf)).any():
             raise Malformed("logits that are NaN or infinite")
 
-    def source(self, decoded, tail=None, head=None):
+    def source(
+        self, decoded: dict[str, Tensor], tail: Tail | None = None, head: LinearHead | None = None
+    ) -> Tensor:
         return decoded["logits"]
 
     padding = {"logits": 0}

@@ -1,10 +1,13 @@
 """Rows of floats, as their bits, and how exact those are."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ...files import Array
 from ..sections import Column
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -12,13 +15,13 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 
 
-def columns(name, dtype, times):
+def columns(name: str, dtype: str, times: int) -> tuple[Column, ...]:
     """The one of `times` numbers a row."""
     bytes_each = {"fp32": 4, "fp8": 1}.get(dtype, 2)
     return (Column(name, f"<u{bytes_each}", bytes_each, times=times),)
 
 
-def bound(name, dtype):
+def bound(name: str, dtype: str) -> dict[str, Any]:
     """How far what is read is from what was given, as a description says it."""
     if dtype == "fp8":
         # The scale is 2⁻¹²⁶ at least: then of what is as small as that.
@@ -28,7 +31,7 @@ def bound(name, dtype):
     return {name: {"relative": ROUNDING[dtype], "absolute": smallest}}
 
 
-def check(name, x, size, infinite):
+def check(name: str, x: Tensor, size: int, infinite: bool) -> None:
     """(n, size), and finite; infinite: −inf may be there."""
     if not x.is_floating_point() or x.dim() != 2 or x.shape[1] != size:
         raise ValueError(
@@ -40,14 +43,14 @@ def check(name, x, size, infinite):
         raise ValueError(f"{name} must be finite{' or −inf' * infinite}, got {x[wrong][0]}")
 
 
-def rounded(name, x, dtype):
+def rounded(name: str, x: Tensor, dtype: str) -> Array:
     """(n, size) -> the bits of its numbers in the dtype."""
     numbers = cast(name, x, dtype).contiguous()
     bits = {4: torch.int32, 2: torch.int16}[numbers.itemsize]
     return numbers.view(bits).numpy().view(f"<u{numbers.itemsize}")
 
 
-def cast(name, x, dtype):
+def cast(name: str, x: Tensor, dtype: str) -> Tensor:
     """A tensor -> the same in the dtype, on the CPU, where it has room for the numbers."""
     x = x.detach().cpu()
     numbers = x.to(FLOATS[dtype])
@@ -56,7 +59,7 @@ def cast(name, x, dtype):
     return numbers
 
 
-def tensor(bits, dtype):
+def tensor(bits: Array, dtype: str) -> Tensor:
     """(n, size) -> a tensor"""
     signed = {4: np.int32, 2: np.int16}[bits.itemsize]
     return torch.from_numpy(bits.view(signed)).view(FLOATS[dtype])

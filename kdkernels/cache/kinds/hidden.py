@@ -1,10 +1,14 @@
 """The last hidden states of the teacher, for its head."""
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...sources import LinearHead
+from ...files import Array
+from ...sources import LinearHead, Tail
 from ..errors import Malformed
 from ..identity import pieces
 from ..sections import Column
@@ -28,7 +32,15 @@ class HiddenKind:
 
     name = "hidden"
 
-    def __init__(self, vocab_size, dtype, size, head, logit_scale=1.0, softcap=None):
+    def __init__(
+        self,
+        vocab_size: int,
+        dtype: str,
+        size: int,
+        head: str,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
         self.vocab_size, self.dtype, self.size, self.head = vocab_size, dtype, size, head
         self.logit_scale, self.softcap = logit_scale, softcap
         self.spec = f"hidden:{dtype}"
@@ -36,7 +48,7 @@ class HiddenKind:
         if dtype == "fp8":
             self.columns += (Column("scale", "<f4", 4),)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {
             "name": "hidden",
             "dtype": self.dtype,
@@ -47,7 +59,7 @@ class HiddenKind:
             "bound": floats.bound("hidden", self.dtype),
         }
 
-    def encode(self, prediction, seed):
+    def encode(self, prediction: Tensor | LinearHead, seed: int) -> dict[str, Array]:
         """A `LinearHead` of n rows, or their hidden states (n, H)."""
         checks.one_of(prediction, LinearHead, torch.Tensor)
         hidden = prediction.hidden if isinstance(prediction, LinearHead) else prediction
@@ -63,7 +75,7 @@ class HiddenKind:
             "scale": scale.numpy(),
         }
 
-    def decode(self, columns):
+    def decode(self, columns: dict[str, Array]) -> dict[str, Tensor]:
         """{column: numbers of n rows} -> {"hidden": (n, H)}, a float tensor"""
         bits = columns["hidden"].reshape(-1, self.size)
         if self.dtype != "fp8":
@@ -71,11 +83,13 @@ class HiddenKind:
         hidden = torch.from_numpy(_FP8_VALUES[bits])
         return {"hidden": hidden.mul_(torch.from_numpy(columns["scale"].copy())[:, None])}
 
-    def check(self, columns, decoded):
+    def check(self, columns: dict[str, Array], decoded: dict[str, Tensor]) -> None:
         if not decoded["hidden"].isfinite().all():
             raise Malformed("hidden states that are not finite")
 
-    def source(self, decoded, tail=None, head=None):
+    def source(
+        self, decoded: dict[str, Tensor], tail: Tail | None = None, head: Any = None
+    ) -> LinearHead:
         """head: of the cache, a `LinearHead` whose hidden states these take the place of."""
         return LinearHead(
             decoded["hidden"].to(head.weight.dtype),
@@ -88,7 +102,7 @@ class HiddenKind:
     padding = {"hidden": 0}
 
 
-def check_head(size, scale, softcap):
+def check_head(size: int, scale: float, softcap: float | None) -> None:
     numbers = {"hidden size": size, "logit_scale": abs(scale)}
     if softcap is not None:
         numbers["softcap"] = softcap
@@ -97,7 +111,7 @@ def check_head(size, scale, softcap):
             raise ValueError(f"the head's {name} must be in (0, 2³¹), got {number}")
 
 
-def head_file(head):
+def head_file(head: LinearHead) -> Iterator[Any]:
     """A `LinearHead` -> the bytes of head.safetensors in pieces: the bias (V,), the weight (V, H).
 
     The file that safetensors itself writes, which would make another copy of the weight for it.
@@ -108,8 +122,8 @@ def head_file(head):
     if head.weight.dtype not in DTYPES:
         wanted = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"the head's weight must be one of {wanted}, got {head.weight.dtype}")
-    tensors = {"bias": head.bias, "weight": head.weight}
-    tensors = {name: x for name, x in tensors.items() if x is not None}
+    tensors = {} if head.bias is None else {"bias": head.bias}
+    tensors["weight"] = head.weight
     header, end = {}, 0
     for name, x in tensors.items():
         begin, end = end, end + x.nbytes

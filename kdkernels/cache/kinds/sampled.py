@@ -1,10 +1,14 @@
 """Classes drawn from the teacher."""
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
+from ...files import Array
 from ...source_rows import logit_chunks
-from ...sources import LinearHead, Sampled
+from ...sources import LinearHead, Sampled, Tail
 from ..errors import Malformed
 from ..sections import Column
 from . import checks, entries
@@ -15,7 +19,7 @@ class SampledKind:
 
     name = "sampled"
 
-    def __init__(self, vocab_size, draws):
+    def __init__(self, vocab_size: int, draws: int) -> None:
         self.vocab_size, self.draws = vocab_size, draws
         self.spec = f"sampled:{draws}"
         self.columns = (
@@ -24,10 +28,10 @@ class SampledKind:
             Column("draws", "<u2", entries.width_of(draws - 1), "entry"),
         )
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {"name": "sampled", "draws": self.draws, "bound": {"counts": {"absolute": 0}}}
 
-    def encode(self, prediction, seed):
+    def encode(self, prediction: Sampled | Tensor | LinearHead, seed: int) -> dict[str, Array]:
         """`Sampled`, or logits or a `LinearHead` that are drawn from: n rows; seed: below 2⁶⁴."""
         checks.one_of(prediction, Sampled, torch.Tensor, LinearHead)
         if not isinstance(prediction, Sampled):
@@ -52,7 +56,7 @@ class SampledKind:
         counts = np.bincount(row, minlength=rows)
         return {"counts": counts, "gaps": entries.gaps_of(row, ids), "draws": draws - 1}
 
-    def decode(self, columns):
+    def decode(self, columns: dict[str, Array]) -> dict[str, Array]:
         """{column: numbers of n rows} -> {"ids": (n, k), "counts": (n, k) int32}"""
         counts = columns["counts"]
         here = entries.grid_of(counts)
@@ -62,16 +66,18 @@ class SampledKind:
         entries.blank(counts, ids, draws)
         return {"ids": ids, "counts": draws}
 
-    def check(self, columns, decoded):
+    def check(self, columns: dict[str, Array], decoded: dict[str, Array]) -> None:
         if not np.isin(decoded["counts"].sum(1), (0, self.draws)).all():
             raise Malformed(f"counts of a row that do not sum to {self.draws}")
 
-    def source(self, decoded, tail=None, head=None):
+    def source(
+        self, decoded: dict[str, Tensor], tail: Tail | None = None, head: LinearHead | None = None
+    ) -> Sampled:
         return Sampled(decoded["ids"], decoded["counts"])
 
     padding = {"ids": -1, "counts": 0}
 
-    def draw(self, prediction, seed):
+    def draw(self, prediction: Tensor | LinearHead, seed: int) -> Sampled:
         """Draws of rows of logits or a `LinearHead` -> `Sampled`, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
         found = []

@@ -1,10 +1,14 @@
 """The most probable classes of a row, and the mass of the others."""
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
+from ...files import Array
 from ...source_rows import logit_chunks
-from ...sources import LinearHead, TopK
+from ...sources import LinearHead, Tail, TopK
 from ..errors import Malformed
 from ..sections import Column
 from . import checks, entries
@@ -32,7 +36,7 @@ class TopKKind:
 
     name = "topk"
 
-    def __init__(self, vocab_size, k, tail="bucket"):
+    def __init__(self, vocab_size: int, k: int, tail: Tail = "bucket") -> None:
         self.vocab_size, self.k, self.tail = vocab_size, k, tail
         self.spec = f"topk:{k}"
         width = entries.width_of(vocab_size - 1)
@@ -44,17 +48,18 @@ class TopKKind:
             Column("tail", "<f4", 4),
         )
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         # With room for the rounding of float32.
         bound = {"logprobs": {"absolute": 2.0**-6 * (1 + 2.0**-8), "of_depth": 2.0**-8}}
         return {"name": "topk", "k": self.k, "tail": self.tail, "bound": bound}
 
-    def encode(self, prediction, seed):
+    def encode(self, prediction: TopK | Tensor | LinearHead, seed: int) -> dict[str, Array]:
         """`TopK`, or logits or a `LinearHead` whose most probable classes are taken: n rows."""
         checks.one_of(prediction, TopK, torch.Tensor, LinearHead)
         if not isinstance(prediction, TopK):
             checks.logits(prediction, self.vocab_size)
-            prediction = TopK(**most_probable(prediction, self.k, self.vocab_size))
+            top = most_probable(prediction, self.k, self.vocab_size)
+            prediction = TopK(top["ids"], top["logprobs"])
         ids = entries.ids_of("ids", prediction.ids, self.vocab_size)  # (n, k)
         logprobs = prediction.logprobs.detach().cpu().double().numpy()
         if logprobs.shape != ids.shape:
@@ -86,7 +91,7 @@ class TopKKind:
         peak = np.where(counts, np.minimum(mass - np.where(counts, stored, 0), 0), 0)
         return {"counts": counts, "gaps": gaps, "below": below, "peak": peak, "tail": tail}
 
-    def decode(self, columns):
+    def decode(self, columns: dict[str, Array]) -> dict[str, Array]:
         """{column: numbers of n rows} -> {"ids": (n, k), "logprobs": (n, k) float32}"""
         counts = columns["counts"]
         here = entries.grid_of(counts)
@@ -100,7 +105,7 @@ class TopKKind:
         entries.blank(counts, ids, logprobs)
         return {"ids": ids, "logprobs": logprobs}
 
-    def check(self, columns, decoded):
+    def check(self, columns: dict[str, Array], decoded: dict[str, Array]) -> None:
         counts, peak, tail = columns["counts"], columns["peak"], columns["tail"]
         if counts.max(initial=0) > self.k:
             raise Malformed(f"{counts.max()} classes in a row of a cache of {self.k}")
@@ -112,13 +117,17 @@ class TopKKind:
         if not (np.abs(kept + np.exp(tail) - 1) <= NOISE).all():
             raise Malformed("probabilities that do not sum to 1")
 
-    def source(self, decoded, tail=None, head=None):
+    def source(
+        self, decoded: dict[str, Tensor], tail: Tail | None = None, head: LinearHead | None = None
+    ) -> TopK:
         return TopK(decoded["ids"], decoded["logprobs"], tail or self.tail)
 
     padding = {"ids": -1, "logprobs": 0}
 
 
-def most_probable(prediction, k, vocab_size=None):
+def most_probable(
+    prediction: Tensor | LinearHead, k: int, vocab_size: int | None = None
+) -> dict[str, Tensor]:
     """Of the rows of logits or a `LinearHead` (..., V), the most probable classes, in that order.
 
     Returns:

@@ -5,11 +5,14 @@ import datetime
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ...cache import TeacherCache
 from ...cache.build import SHARD_TOKENS
 from .. import checks, report
 from ..capture import Capture
@@ -71,7 +74,7 @@ class CacheConfig(config.Options):
         WRITTEN, 10.0, "minutes after which a process that others wait for ends a sharded teacher"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         config.given(self, "teacher", "data", "out")
         config.at_least(1, self, "length", "vocab_size", "batch_size", "shard_tokens")
@@ -96,10 +99,11 @@ class CacheJob:
         ImportError: a package is missing (the extras `train` and `cache`).
     """
 
-    def __init__(self, options):
+    def __init__(self, options: CacheConfig) -> None:
         checks.instance("options", options, CacheConfig, "a CacheConfig")
         checks.installed("rich")
-        self.options, self.notes = options, []
+        self.options = options
+        self.notes: list[str] = []
         task = models.task_of("teacher", models.config_of("teacher", options.teacher))
         if task != models.TEXT:
             raise ValueError(
@@ -136,7 +140,7 @@ class CacheJob:
             shard_tokens=options.shard_tokens,
         )
 
-    def run(self):
+    def run(self) -> TeacherCache:
         """Writes what is not there yet -> the `TeacherCache`.
 
         Raises:
@@ -151,7 +155,7 @@ class CacheJob:
         with _told(), report.progress(console) as bar:
             task = bar.add_task("", total=self.capture.tokens)
 
-            def show(done):
+            def show(done: int) -> None:
                 rate = (done - there) / (time.perf_counter() - started)
                 bar.update(task, completed=done, description=f"{rate:,.0f} tokens/s")
 
@@ -166,7 +170,7 @@ class CacheJob:
         return cache
 
 
-def _shard(teacher, minutes):
+def _shard(teacher: Any, minutes: float) -> None:
     """Over all processes, which wait for each other from here on."""
     import torch.distributed as dist
 
@@ -179,19 +183,19 @@ def _shard(teacher, minutes):
     models.shard(teacher)
 
 
-def _device():
+def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", _rank("LOCAL_RANK"))
 
 
-def _rank(name):
+def _rank(name: str) -> int:
     """As torchrun says it; 0 without it."""
     return int(os.environ.get(name) or 0)
 
 
 @contextlib.contextmanager
-def _told():
+def _told() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:

@@ -1,14 +1,18 @@
 """Whether a teacher's cache is of this tokenizer, this vocabulary and these training examples."""
 
+from typing import Any
+
 from ... import cache
-from ...cache import CacheMismatchError, identity
+from ...cache import CacheMismatchError, TeacherCache, identity
 from . import folders
+from .config import Config
+from .folders import TextFolder
 
 CHUNK = 4096  # examples that are looked up at a time
 SPARSE = "topk", "sampled"  # kinds whose padded classes nobody can take away
 
 
-def data_of(options, train):
+def data_of(options: Any, train: TextFolder) -> dict[str, Any]:
     """Which training examples there are: what chooses them, and a digest of all.
 
     train: a `TextFolder`. Without a share that is held out, neither it nor the seed matters.
@@ -25,7 +29,7 @@ def data_of(options, train):
     }
 
 
-def facts_of(found):
+def facts_of(found: TeacherCache) -> list[tuple[str, str]]:
     """What a `TeacherCache` is, for people -> [(name, text)]"""
     description = found.description
     blocks = sum(int(shard.index["size"].sum()) for shard in found.shards)
@@ -54,7 +58,7 @@ def facts_of(found):
     ]
 
 
-def opened(options, tokenizer, notes):
+def opened(options: Any, tokenizer: Any, notes: list[str]) -> TeacherCache:
     """The cache of the option `teacher_cache` -> `TeacherCache`, of the student's tokenizer.
 
     Raises:
@@ -89,13 +93,13 @@ def opened(options, tokenizer, notes):
     return found
 
 
-def dtype_of(found):
+def dtype_of(found: TeacherCache | None) -> str:
     """In which a teacher beside a cache is loaded: that of the one whose predictions it has."""
     dtype = found and found.description["teacher"].get("dtype")
     return dtype if dtype and "," not in dtype else "auto"
 
 
-def check_teacher(options, found, model):
+def check_teacher(options: Config, found: TeacherCache, model: Any) -> None:
     """Whether the teacher is the cache's.
 
     Raises:
@@ -111,7 +115,7 @@ def check_teacher(options, found, model):
         )
 
 
-def check_vocabulary(options, found, columns):
+def check_vocabulary(options: Config, found: TeacherCache, columns: int) -> None:
     """Whether the loss is over the classes of the cache; of logits it may leave some out.
 
     Raises:
@@ -125,7 +129,7 @@ def check_vocabulary(options, found, columns):
         )
 
 
-def check_examples(options, found, train):
+def check_examples(options: Config, found: TeacherCache, train: TextFolder) -> None:
     """Whether a cache has all training examples.
 
     Raises:
@@ -134,10 +138,10 @@ def check_examples(options, found, train):
     """
     missing, first = 0, None
     for begin in range(0, len(train), CHUNK):
-        here = found.has(train.ids[begin : begin + CHUNK])
-        missing += int((~here).sum())
+        known = found.has(train.ids[begin : begin + CHUNK])
+        missing += int((~known).sum())
         if first is None and missing:
-            first = begin + int(here.argmin())
+            first = begin + int(known.argmin())
     if not missing:
         return
     there, differences = found.description["data"] or {}, []
@@ -157,7 +161,7 @@ def check_examples(options, found, train):
     )
 
 
-def _said(facts):
+def _said(facts: Any) -> str:
     """A dict of what is known -> text"""
     if facts is None:
         return "not said"
@@ -166,5 +170,5 @@ def _said(facts):
     return ", ".join(f"{name.replace('_', ' ')} {x}" for name, x in forms)
 
 
-def _text(value):
+def _text(value: Any) -> Any:
     return "none" if value is None else value

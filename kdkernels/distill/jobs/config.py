@@ -9,15 +9,17 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...files import atomic
 
 DATA, LOSS, TRAINING, RUN = "models and data", "loss", "training", "run"
 
 
-def option(group, default, text, metavar="NAME"):
+def option(group: str, default: Any, text: str, metavar: str = "NAME") -> Any:
     """A field of `Options`: its group and its text are those of the help on the command line."""
     return field(default=default, metadata={"group": group, "help": text, "metavar": metavar})
 
@@ -30,12 +32,12 @@ class Options:
         TypeError: a value of another type than annotated.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():
             _check_type(name, kind, getattr(self, name))
 
     @classmethod
-    def of(cls, options):
+    def of(cls, options: Mapping[str, Any]) -> Any:
         """A mapping of options by name, numbers possibly as text -> the options.
 
         Raises:
@@ -132,7 +134,7 @@ class Config(Options):
         "real tokens of a head, where its last rows are padding; default: all rows, or "
         "the tokenizer's where teacher and student are padded differently",
     )
-    hints: list = option(
+    hints: list[Any] = option(
         LOSS,
         (),
         "losses inside of the models, a list of {student: MODULE, teacher: MODULE}, "
@@ -175,7 +177,7 @@ class Config(Options):
     workers: int = option(RUN, 0, "processes that read the data")
     tensorboard: bool = option(RUN, True, "write a log for TensorBoard, next to log.csv")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.hints, tuple):
             object.__setattr__(self, "hints", list(self.hints))
         super().__post_init__()
@@ -194,7 +196,7 @@ class Config(Options):
             raise ValueError("steps and epochs must not both be given")
 
     @classmethod
-    def load(cls, path, **overrides):
+    def load(cls, path: Path | str, **overrides: Any) -> Any:
         """A YAML file of options, some of which are overridden -> `Config`.
 
         Raises:
@@ -203,7 +205,7 @@ class Config(Options):
         """
         return cls.of({**read(path), **overrides})
 
-    def dump(self, path):
+    def dump(self, path: Path | str) -> None:
         """Writes all options as YAML, which `load` reads."""
         import yaml
 
@@ -212,7 +214,7 @@ class Config(Options):
             file.write(text.encode())
 
 
-def read(path):
+def read(path: Path | str) -> dict[str, Any]:
     """A YAML file of options -> {name: value}, {} where it is empty."""
     import yaml
 
@@ -227,12 +229,14 @@ def read(path):
     return options or {}
 
 
-def fields():
+def fields() -> tuple[dataclasses.Field[Any], ...]:
     """The options, in order: `dataclasses.Field`s with a group and a text as metadata."""
     return dataclasses.fields(Config)
 
 
-def add_arguments(parser, options=Config, prefix="checkpoints: "):
+def add_arguments(
+    parser: Any, options: type[Options] = Config, prefix: str = "checkpoints: "
+) -> None:
     """Adds every option to an `argparse.ArgumentParser`, those not given being absent.
 
     prefix: of the groups' titles.
@@ -258,18 +262,18 @@ def add_arguments(parser, options=Config, prefix="checkpoints: "):
         groups[group].add_argument(f"--{each.name.replace('_', '-')}", **how)
 
 
-def differences(one, other):
+def differences(one: Options, other: Options) -> list[str]:
     """Names of the options in which two `Config`s differ."""
     return [each.name for each in fields() if getattr(one, each.name) != getattr(other, each.name)]
 
 
-def given(options, *names):
+def given(options: Options, *names: str) -> None:
     for name in names:
         if not getattr(options, name):
             raise ValueError(f"{name} must be given")
 
 
-def at_least(low, options, *names):
+def at_least(low: float, options: Options, *names: str) -> None:
     """Of those that are not None."""
     for name in names:
         value = getattr(options, name)
@@ -277,7 +281,7 @@ def at_least(low, options, *names):
             raise ValueError(f"{name} must be at least {low}, got {value}")
 
 
-def positive(options, *names):
+def positive(options: Options, *names: str) -> None:
     """Of those that are not None."""
     for name in names:
         value = getattr(options, name)
@@ -285,32 +289,32 @@ def positive(options, *names):
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def check_share(options):
+def check_share(options: Any) -> None:
     if not 0 < options.test_share < 1:
         raise ValueError(f"test_share must be in (0, 1), got {options.test_share}")
 
 
-def one_of(name, value, known):
+def one_of(name: str, value: object, known: Collection[str | None]) -> None:
     if value not in known:
         names = ", ".join(each for each in known if each)
         raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
-def _kinds(options):
+def _kinds(options: type[Options]) -> dict[str, tuple[Any, bool]]:
     """{name: (type, whether it may be None)}"""
     found = {}
     for name, hint in typing.get_type_hints(options).items():
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        found[name] = kinds[0], type(None) in kinds
+        found[name] = typing.get_origin(kinds[0]) or kinds[0], type(None) in kinds
     return found
 
 
-def _converted(name, kind, value):
+def _converted(name: str, kind: tuple[Any, bool], value: Any) -> Any:
     """What YAML and the command line leave as text: 1e-4 is one to the former."""
-    kind, _ = kind
-    if not isinstance(value, str) or kind is str:
+    wanted, _ = kind
+    if not isinstance(value, str) or wanted is str:
         return value
-    if kind is list:
+    if wanted is list:
         import yaml
 
         try:
@@ -318,26 +322,26 @@ def _converted(name, kind, value):
         except yaml.YAMLError as error:
             raise ValueError(f"{name} must be YAML, got {value!r}") from error
     try:
-        return value if kind is bool else kind(value)
+        return value if wanted is bool else wanted(value)
     except ValueError as error:
-        raise TypeError(f"{name} must be {_wanted(kind)}, got {value!r}") from error
+        raise TypeError(f"{name} must be {_wanted(wanted)}, got {value!r}") from error
 
 
-def _check_type(name, kind, value):
-    kind, optional = kind
+def _check_type(name: str, kind: tuple[Any, bool], value: object) -> None:
+    wanted, optional = kind
     if value is None and optional:
         return
-    right = isinstance(value, (int, float) if kind is float else kind)
-    if not right or (isinstance(value, bool) and kind is not bool):
+    right = isinstance(value, (int, float) if wanted is float else wanted)
+    if not right or (isinstance(value, bool) and wanted is not bool):
         none = " or nothing" if optional else ""
-        raise TypeError(f"{name} must be {_wanted(kind)}{none}, got {value!r}")
+        raise TypeError(f"{name} must be {_wanted(wanted)}{none}, got {value!r}")
 
 
-def _wanted(kind):
+def _wanted(kind: Any) -> str:
     return {int: "an integer", float: "a number", bool: "true or false", list: "a list"}.get(
         kind, "text"
     )
 
 
-def _name(value):
+def _name(value: object) -> str:
     return type(value).__name__

@@ -3,21 +3,27 @@
 Nothing but the names, and of text the token ids, is kept: files are read when they are needed.
 """
 
+from __future__ import annotations
+
 import hashlib
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...files import Array
 from .. import checks
 
 TEXT = ".txt", ".md", ".rst", ".tex", ".html", ".py"
 IMAGES = ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"
 
 
-def find(name, folder, suffixes, what):
+def find(name: str, folder: Path | str, suffixes: tuple[str, ...], what: str) -> list[Path]:
     """All files under a directory with one of the suffixes, sorted -> a list of `Path`.
 
     Raises:
@@ -34,7 +40,7 @@ def find(name, folder, suffixes, what):
     return found
 
 
-def held_out(files, share, seed):
+def held_out(files: Sequence[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
     """Splits files at random -> (those to train on, those held out: the share, one at least).
 
     Raises:
@@ -50,7 +56,7 @@ def held_out(files, share, seed):
     return [files[k] for k in sorted(order[count:])], [files[k] for k in sorted(order[:count])]
 
 
-def digest_of(folder, files):
+def digest_of(folder: Path | str, files: Iterable[Path]) -> str:
     """Another one for other files under a directory: names or contents -> hexadecimal digits."""
     digest = hashlib.sha256()
     for path in files:
@@ -59,7 +65,7 @@ def digest_of(folder, files):
     return digest.hexdigest()
 
 
-class TextFolder(Dataset):
+class TextFolder(Dataset[dict[str, Tensor]]):
     """Text files as blocks of tokens, for causal language models.
 
     The files' tokens follow each other, an end-of-text token after each file, and are cut into
@@ -79,7 +85,7 @@ class TextFolder(Dataset):
             length + 1 tokens in all.
     """
 
-    def __init__(self, files, tokenizer, length):
+    def __init__(self, files: Sequence[Path], tokenizer: Any, length: int) -> None:
         checks.integer("length", length, low=1)
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer must have an eos_token, to go between documents")
@@ -98,10 +104,10 @@ class TextFolder(Dataset):
                 )
             self.tokens = np.memmap(file, np.int32, "r")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.length
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
         if not 0 <= row < len(self):
             raise IndexError(f"row must be in [0, {len(self)}), got {row}")
         begin = row * self.length
@@ -109,26 +115,27 @@ class TextFolder(Dataset):
         return {"input_ids": block[:-1], "labels": block[1:]}
 
     @property
-    def ids(self):
+    def ids(self) -> Array:
         """The token ids of all examples, (N, length) int32, mapped."""
         return self.tokens[: len(self) * self.length].reshape(-1, self.length)
 
-    def digest(self):
+    def digest(self) -> str:
         """Another one for other examples, or another order of them."""
         return hashlib.sha256(f"{self.length} ".encode() + self.tokens.tobytes()).hexdigest()
 
 
-def _token_ids(path, tokenizer):
+def _token_ids(path: Path, tokenizer: Any) -> list[int]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text: {error}") from error
     # Not a document of its own to the tokenizer: that would add what begins and ends one, and warn
     # of its length.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
-class ImageFolder(Dataset):
+class ImageFolder(Dataset[dict[str, Any]]):
     """Images in a folder for each class, for image classifiers.
 
     An example is {"pixel_values": (C, H, W) float32, "labels": () int64}.
@@ -142,7 +149,9 @@ class ImageFolder(Dataset):
         ValueError: a directory whose name is no class.
     """
 
-    def __init__(self, files, labels, transform):
+    def __init__(
+        self, files: Sequence[Path], labels: dict[str, int], transform: Callable[[Any], Tensor]
+    ) -> None:
         for path in files:
             if path.parent.name not in labels:
                 raise ValueError(
@@ -150,10 +159,10 @@ class ImageFolder(Dataset):
                 )
         self.files, self.labels, self.transform = list(files), labels, transform
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> dict[str, Any]:
         from PIL import Image
 
         path = self.files[row]
@@ -164,7 +173,7 @@ class ImageFolder(Dataset):
             raise ValueError(f"{path} must be an image: {error}") from error
         return {"pixel_values": pixels, "labels": self.labels[path.parent.name]}
 
-    def digest(self):
+    def digest(self) -> str:
         """Another one for other files, another order of them, or other label ids."""
         facts = [
             (path.parent.name, path.name, path.stat().st_size, self.labels[path.parent.name])
@@ -173,7 +182,7 @@ class ImageFolder(Dataset):
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def label_ids(names, config, *others):
+def label_ids(names: Sequence[str], config: Any, *others: Any) -> dict[str, int]:
     """Classes (a list of names) and classifiers' configurations -> {class: label id}.
 
     Where a model names its labels, they are matched by name, and a class may be missing; where none
@@ -202,7 +211,7 @@ def label_ids(names, config, *others):
     return {name: k for k, name in enumerate(sorted(names, key=int if numbers else None))}
 
 
-def check_labels(student, teacher):
+def check_labels(student: Any, teacher: Any) -> None:
     """Two classifiers' configurations name the same labels by the same ids.
 
     Raises:
@@ -219,7 +228,7 @@ def check_labels(student, teacher):
             raise ValueError(f"student and teacher must have the same labels, {k} is {pair}")
 
 
-def transform_of(folder, config):
+def transform_of(folder: Path | str, config: Any) -> Any:
     """What makes pixels of an image for the model in a directory: its image processor, or, without
     one, a resize to config.image_size and values in [−1, 1]."""
     if (Path(folder) / "preprocessor_config.json").exists():
@@ -233,42 +242,43 @@ def transform_of(folder, config):
 
 
 class _Processor:
-    def __init__(self, processor):
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def kept(self):
+    def kept(self) -> list[Any]:
         """What is saved with the model."""
         return [self.processor]
 
-    def __call__(self, image):
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+    def __call__(self, image: Any) -> Tensor:
+        pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Processor) and _facts(self) == _facts(other)
 
 
 class _Resize:
-    def __init__(self, size, channels):
+    def __init__(self, size: Any, channels: int) -> None:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.channels = channels
 
-    def kept(self):
+    def kept(self) -> list[Any]:
         return []
 
-    def __call__(self, image):
+    def __call__(self, image: Any) -> Tensor:
         height, width = self.size
         image = image.convert("L") if self.channels == 1 else image
         pixels = np.asarray(image.resize((width, height)), np.float32) / 127.5 - 1
         return torch.from_numpy(pixels).view(height, width, self.channels).permute(2, 0, 1)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Resize) and vars(self) == vars(other)
 
 
-def _facts(transform):
+def _facts(transform: _Processor) -> dict[str, Any]:
     return {k: x for k, x in transform.processor.to_dict().items() if "type" not in k}
 
 
-def _some(names):
-    names = list(map(str, names))
-    return ", ".join(names[:5]) + (f", … ({len(names)})" if len(names) > 5 else "")
+def _some(names: Iterable[object]) -> str:
+    texts = list(map(str, names))
+    return ", ".join(texts[:5]) + (f", … ({len(texts)})" if len(texts) > 5 else "")

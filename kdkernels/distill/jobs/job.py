@@ -7,6 +7,8 @@ OUT/config.yaml        every option
     log.csv, tensorboard/, learning_curves.png
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import datetime
@@ -17,25 +19,30 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ... import __version__
 from ...files import atomic, check_writable
+from ...integrations.transformers import HiddenStates
 from ...modules import KDLoss
 from ...source_rows import to_device
 from .. import batches, checks, engine, report
 from ..checkpoints import Checkpoints
 from ..distiller import Distiller, TrainingError
-from ..hints import AttentionTransfer, FeatureHint, module_of
+from ..hints import AttentionTransfer, FeatureHint, Hint, module_of
+from ..history import History
 from ..logs import CsvLog, TensorBoardLog
 from ..offline import open_predictions, write_predictions
 from ..predictions import CachedTeacher, as_teacher, inference, predict_with
-from ..validation import row, size_of, validate
+from ..validation import Scores, row, size_of, validate
 from . import config, models, parts
 
-HINTS = {"feature": FeatureHint, "attention": AttentionTransfer}
+HINTS: dict[str, Any] = {"feature": FeatureHint, "attention": AttentionTransfer}
 # Options that a run may change when it is resumed: no weight depends on them.
 FREE = {"out", "checkpoint_every", "workers", "tensorboard", "timeout"}
 FREE |= {"teacher_device", "shard_teacher", "shard_student"}
@@ -56,9 +63,11 @@ class Job:
         ImportError: a package is missing (the extra `train`).
     """
 
-    def __init__(self, options):
+    def __init__(self, options: config.Config) -> None:
         checks.instance("options", options, config.Config, "a Config")
-        self.options, self.out, self.notes = options, Path(options.out), []
+        self.options: Any = options
+        self.out = Path(options.out)
+        self.notes: list[str] = []
         self.checkpoints = Checkpoints(self.out / "checkpoints")
         self._check_resumable()
         self._check_teacher()
@@ -75,14 +84,14 @@ class Job:
         if self.parts.teacher is not None:
             self._place(self.parts.teacher)
         if options.write_teacher_predictions:
-            self.distiller = None  # comes when the file is there
+            self.distiller: Any = None  # comes when the file is there
             self._try(self.parts.teacher)
-            check_writable(options.teacher_predictions)
+            check_writable(str(options.teacher_predictions))
         else:
             self.distiller = self._distiller()
         self.out.mkdir(parents=True, exist_ok=True)
 
-    def run(self):
+    def run(self) -> dict[str, Any] | None:
         """Trains, validates and saves -> what `results.json` holds, a dict; None in all of several
         processes but the main one.
 
@@ -127,7 +136,7 @@ class Job:
         console.print(f"The student and results.json: {self.out}", soft_wrap=True)
         return results
 
-    def _place(self, teacher):
+    def _place(self, teacher: Any) -> None:
         options, device = self.options, self.accelerator.device
         if options.shard_teacher:
             if self.accelerator.num_processes == 1:
@@ -150,7 +159,7 @@ class Job:
             raise ValueError(f"teacher_device must be a device: {text}") from error
 
     @contextlib.contextmanager
-    def _others_waiting(self):
+    def _others_waiting(self) -> Iterator[None]:
         """What is done here is waited for, longer than `timeout`, unless the process dies."""
         if self.accelerator.num_processes == 1:
             yield
@@ -161,7 +170,7 @@ class Job:
         yield
         dist.barrier(group)
 
-    def _check_resumable(self):
+    def _check_resumable(self) -> None:
         path = self.out / "config.yaml"
         if not (self.checkpoints.paths() and path.exists()):
             return
@@ -177,7 +186,7 @@ class Job:
                 "continue that one, or choose another `out`"
             )
 
-    def _check_teacher(self):
+    def _check_teacher(self) -> None:
         options = self.options
         file, write = options.teacher_predictions, options.write_teacher_predictions
         if write and not (file and options.teacher):
@@ -202,7 +211,7 @@ class Job:
             what = "teacher_predictions" if file else "teacher_cache" if stored else "labels"
             raise ValueError(f"hints need the teacher itself, not {what} alone")
 
-    def _distiller(self):
+    def _distiller(self) -> Distiller:
         options, student, train = self.options, self.parts.student, self.parts.train
         teacher = self.parts.teacher
         if options.teacher_cache:
@@ -231,7 +240,7 @@ class Job:
             seed=options.seed,
         )
 
-    def _try(self, teacher):
+    def _try(self, teacher: Any) -> None:
         """The loss of an example: predictions of other shapes or classes, or a loss that they have
         no answer for, are found before the first step."""
         # One that is going to be sharded need not fit on a device.
@@ -244,15 +253,16 @@ class Job:
             target = prediction
             if teacher is not None:
                 target = as_teacher(teacher, self.accelerator)(batch)
-            self.loss(prediction, to_device(target, batch.labels.device), batch.labels)
+            labels: Any = batch.labels
+            self.loss(prediction, to_device(target, labels.device), labels)
 
-    def _scheduler(self, optimizer):
+    def _scheduler(self, optimizer: Any) -> Any:
         from transformers import get_scheduler
 
         name = self.options.scheduler.replace("constant", "constant_with_warmup")
         return get_scheduler(name, optimizer, self.options.warmup, self.steps)
 
-    def _write_predictions(self):
+    def _write_predictions(self) -> None:
         options, facts = self.options, self._facts_of_predictions()
         facts.unlink(missing_ok=True)  # of another file, if this one is not finished
         write_predictions(
@@ -265,10 +275,10 @@ class Job:
         with atomic(facts) as file:
             file.write(json.dumps({"data": self.parts.train.digest()}).encode())
 
-    def _facts_of_predictions(self):
+    def _facts_of_predictions(self) -> Path:
         return Path(f"{self.options.teacher_predictions}.json")
 
-    def _check_predictions(self):
+    def _check_predictions(self) -> None:
         """Another seed holds out other files: as many rows, but of other examples. Files that
         other programs wrote say nothing of it."""
         path = self._facts_of_predictions()
@@ -278,18 +288,19 @@ class Job:
                 "written for others: `data`, `length`, `test_share` and `seed` choose them"
             )
 
-    def _train(self, console, step):
+    def _train(self, console: Any, step: int) -> History:
         """-> the `History`, the student having its best weights where `patience` is given"""
         options, distiller = self.options, self.distiller
-        left = 0 if distiller.history.stopped_early else self.steps - step
+        history: History = distiller.history
+        left = 0 if history.stopped_early else self.steps - step
         if left <= 0:
             distiller.restore_best()
-            return distiller.history
+            return history
         if step:
             console.print(f"Going on from step {step} in {self.checkpoints.folder}")
         with contextlib.ExitStack() as stack:
             on_step, shown = stack.enter_context(self._progress(console, step))
-            logs = [shown]
+            logs: list[Any] = [shown]
             if self.accelerator.is_main_process:
                 logs.append(CsvLog(self.out / "log.csv", step))
                 if options.tensorboard:
@@ -297,7 +308,7 @@ class Job:
                 for log in logs[1:]:
                     stack.callback(log.close)
             stack.enter_context(_told(distiller))
-            return distiller.train(
+            history = distiller.train(
                 left,
                 test=self._validate,
                 record_every=options.record_every,
@@ -307,9 +318,10 @@ class Job:
                 checkpoint_every=options.checkpoint_every,
                 patience=options.patience,
             )
+        return history
 
     @contextlib.contextmanager
-    def _progress(self, console, done):
+    def _progress(self, console: Any, done: int) -> Iterator[tuple[Callable[[], object], _Shown]]:
         """-> (what is called after every step, a log that shows what it is told beside the bar)"""
         unit = "tokens/s" if self.is_text else "images/s"
         with report.progress(console) as bar:
@@ -317,7 +329,7 @@ class Job:
             shown = _Shown(lambda text: bar.update(task, description=text), unit)
             yield functools.partial(bar.advance, task), shown
 
-    def _validate(self, model, teacher=None):
+    def _validate(self, model: nn.Module, teacher: Any = None) -> Scores:
         return validate(
             model,
             self.parts.test,
@@ -327,27 +339,29 @@ class Job:
             workers=self.options.workers,
         )
 
-    def _first_rows(self):
+    def _first_rows(self) -> list[dict[str, Any]]:
         """Of the comparison: the teacher, and the student as it was."""
         rows = []
         if self.parts.teacher is not None:
             rows.append(self._row("teacher", self.parts.teacher))
         return [*rows, self._row("student before", self.parts.student)]
 
-    def _row(self, name, model):
+    def _row(self, name: str, model: Any) -> dict[str, Any]:
         scores = self._validate(model, self.parts.teacher)
         example = next(batches.of(self.parts.test, None, 0).batches(iter([torch.arange(1)])))
         size = size_of(model, example.to(self.accelerator.device).inputs)
         found = {**row(name, scores, size), "targets": None}
         return found if self.is_text else {k: x for k, x in found.items() if k != "perplexity"}
 
-    def _targets(self):
+    def _targets(self) -> str:
         options = self.options
         if not options.alpha:
             return "labels"
         return f"{options.divergence}, T = {options.temperature:g}, alpha = {options.alpha:g}"
 
-    def _results(self, rows, history, seconds):
+    def _results(
+        self, rows: list[dict[str, Any]], history: History, seconds: float
+    ) -> dict[str, Any]:
         if self.parts.teacher is not None:
             for each in rows:
                 each["speed_up"] = rows[0]["latency_ms"] / each["latency_ms"]
@@ -385,7 +399,7 @@ class Job:
         }
 
 
-def _accelerator(options, student):
+def _accelerator(options: config.Config, student: Any) -> Any:
     """-> `accelerate.Accelerator`, of processes that have all of the student each, or a part"""
     import accelerate
 
@@ -408,7 +422,7 @@ def _accelerator(options, student):
     return found
 
 
-def _fsdp(student):
+def _fsdp(student: Any) -> Any:
     """FSDP2 that gathers a layer at a time."""
     from accelerate import FullyShardedDataParallelPlugin
 
@@ -419,15 +433,15 @@ def _fsdp(student):
     )
 
 
-def _inner(model):
+def _inner(model: Any) -> tuple[Any, str]:
     """The `transformers` or PEFT model behind a student or a teacher, and the path to it."""
     path = ""
-    while isinstance(model, (models.HiddenStates, CachedTeacher)):
+    while isinstance(model, (HiddenStates, CachedTeacher)):
         model, path = model.model, f"{path}model."
     return model, path
 
 
-def _hint(options, student, teacher):
+def _hint(options: Any, student: Any, teacher: Any) -> Hint:
     """An entry of the option `hints`, whose paths are those of the `transformers` models."""
     if not isinstance(options, dict):
         raise TypeError(f"hints must be mappings of student, teacher, ..., got {options!r}")
@@ -446,11 +460,12 @@ def _hint(options, student, teacher):
         inner, path = _inner(model)
         module_of(name, inner, options[name])
         options[name] = path + options[name]
-    return HINTS[kind](**options)
+    hint: Hint = HINTS[kind](**options)
+    return hint
 
 
 @contextlib.contextmanager
-def _told(distiller):
+def _told(distiller: Distiller) -> Iterator[None]:
     """Says where a run that is interrupted stands."""
     try:
         yield
@@ -463,17 +478,17 @@ def _told(distiller):
 class _Shown:
     """A log that is read by people."""
 
-    def __init__(self, show, unit):
+    def __init__(self, show: Callable[[str], object], unit: str) -> None:
         self.show, self.unit = show, unit
 
-    def write(self, step, values):
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """values: {name: number}"""
         names = ("loss", "distill", "hard", "hints", "test_cross_entropy")
         facts = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in names if name in values]
         self.show(", ".join([*facts, f"{values['rows_per_second']:,.0f} {self.unit}"]))
 
 
-def _print(console, rows):
+def _print(console: Any, rows: list[dict[str, Any]]) -> None:
     """The comparison as a table."""
     columns = [x for x in HEADINGS if any(each.get(x) is not None for each in rows)]
     if "perplexity" in columns:  # says the same, and a terminal has 80 characters
@@ -482,7 +497,7 @@ def _print(console, rows):
     report.print_table(console, "On the test data", [HEADINGS[x] for x in columns], [texts])
 
 
-def _cell(value):
+def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.4g}" if value >= 1 else f"{value:.3f}"
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else value

@@ -5,6 +5,7 @@ Nothing is downloaded.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ...integrations.transformers import HiddenStates
 
@@ -12,7 +13,7 @@ TEXT, IMAGES = "text", "images"
 ADAPTER = "adapter_config.json"
 
 
-def config_of(name, folder):
+def config_of(name: str, folder: Path | str) -> Any:
     """A model's configuration; name: of the option that names the directory, for errors.
 
     Raises:
@@ -29,7 +30,7 @@ def config_of(name, folder):
     return _loaded(name, folder, "model", AutoConfig)
 
 
-def task_of(name, config):
+def task_of(name: str, config: Any) -> str:
     """TEXT for a causal language model, IMAGES for an image classifier.
 
     Raises:
@@ -48,7 +49,15 @@ def task_of(name, config):
     raise ValueError(f"{name} must be a causal language model or an image classifier, got {found}")
 
 
-def load(name, folder, task, *, dtype="auto", attention=False, trainable=False):
+def load(
+    name: str,
+    folder: Path | str,
+    task: str,
+    *,
+    dtype: Any = "auto",
+    attention: bool = False,
+    trainable: bool = False,
+) -> Any:
     """A model, or a PEFT model, of a directory.
 
     Args:
@@ -78,7 +87,7 @@ def load(name, folder, task, *, dtype="auto", attention=False, trainable=False):
     return model
 
 
-def tokenizer_of(name, folder):
+def tokenizer_of(name: str, folder: Path | str) -> Any:
     """A model's tokenizer; of an adapter that was saved without one, its base model's.
 
     Raises:
@@ -94,7 +103,7 @@ def tokenizer_of(name, folder):
     return _loaded(name, folder, "tokenizer", AutoTokenizer)
 
 
-def check_tokenizers(student, teacher):
+def check_tokenizers(student: Any, teacher: Any) -> None:
     """The same tokens by the same ids, whatever the tokenizers are called.
 
     Raises:
@@ -116,7 +125,7 @@ def check_tokenizers(student, teacher):
         )
 
 
-def vocab_size_of(given, heads, tokens):
+def vocab_size_of(given: int | None, heads: dict[str, int], tokens: int) -> int | None:
     """How many of the heads' rows are real -> a number, or None for all of them.
 
     Args:
@@ -137,12 +146,12 @@ def vocab_size_of(given, heads, tokens):
     return size
 
 
-def token_count(tokenizer):
+def token_count(tokenizer: Any) -> int:
     """One more than the largest id."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
-def check_length(name, model, length):
+def check_length(name: str, model: Any, length: int) -> None:
     """Whether a model, called name, takes texts of so many tokens."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
@@ -151,19 +160,19 @@ def check_length(name, model, length):
         )
 
 
-def check_largest(token, limit):
+def check_largest(token: int, limit: int) -> None:
     """Whether the largest token id of the data is one of the heads'."""
     if token >= limit:
         raise ValueError(f"token ids must be below {limit}, got {token} in the data")
 
 
-def head_rows(model):
+def head_rows(model: Any) -> int:
     """Rows of a causal language model's output embedding."""
     head = model.get_output_embeddings()
-    return model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+    return int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
 
 
-def without_logits(name, model, notes):
+def without_logits(name: str, model: Any, notes: list[str]) -> Any:
     """`HiddenStates` of a causal language model, or itself where it cannot be taken apart."""
     try:
         return HiddenStates(model)
@@ -172,13 +181,13 @@ def without_logits(name, model, notes):
         return model
 
 
-def layers_of(model):
+def layers_of(model: Any) -> list[Any]:
     """A model's layers, of the classes that `transformers` says are not to be split."""
     names = {x for each in model.modules() for x in getattr(each, "_no_split_modules", None) or ()}
     return [each for each in model.modules() if type(each).__name__ in names]
 
 
-def shard(model):
+def shard(model: Any) -> None:
     """A model's weights over all processes, by FSDP2: its layers, which are gathered one at a time,
     and what is left of it, which is gathered once."""
     from torch.distributed.fsdp import fully_shard
@@ -188,12 +197,13 @@ def shard(model):
     fully_shard(model, reshard_after_forward=False)
 
 
-def _base(adapter):
+def _base(adapter: Path | str) -> str:
     """Of a PEFT adapter's directory."""
-    return json.loads((Path(adapter) / ADAPTER).read_text())["base_model_name_or_path"]
+    facts: dict[str, str] = json.loads((Path(adapter) / ADAPTER).read_text())
+    return facts["base_model_name_or_path"]
 
 
-def _loaded(name, folder, what, kind, **options):
+def _loaded(name: str, folder: Path | str, what: str, kind: Any, **options: Any) -> Any:
     """Libraries explain at length, in several types."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)

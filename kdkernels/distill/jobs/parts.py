@@ -1,10 +1,12 @@
 """What a task, text or images, makes of the directories that a `Config` names."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import caches, folders, models
+from .config import Config
 
 
 class Parts(NamedTuple):
@@ -14,12 +16,12 @@ class Parts(NamedTuple):
     teacher: Any  # or None
     train: Any  # data sets
     test: Any
-    kept: list  # what is saved with the student: its tokenizer, its image processor
+    kept: list[Any]  # what is saved with the student: its tokenizer, its image processor
     vocab_size: int | None = None
     cache: Any = None  # a `TeacherCache`, of the option teacher_cache
 
 
-def of_text(options, notes):
+def of_text(options: Any, notes: list[str]) -> Parts:
     """Causal language models and text files -> `Parts`."""
     files = files_of(options, folders.TEXT, "text files")
     student = _student(options, models.TEXT)
@@ -52,7 +54,7 @@ def of_text(options, notes):
     return Parts(student, teacher, train, test, [tokenizer], size, cache)
 
 
-def of_images(options, notes):
+def of_images(options: Any, notes: list[str]) -> Parts:
     """Image classifiers and folders of images -> `Parts`."""
     if options.teacher_cache:
         raise ValueError(
@@ -78,7 +80,7 @@ def of_images(options, notes):
     return Parts(student, teacher, train, test, transform.kept())
 
 
-def files_of(options, suffixes, what):
+def files_of(options: Any, suffixes: tuple[str, ...], what: str) -> tuple[list[Path], list[Path]]:
     """-> (paths to train on, paths to test on)"""
     found = folders.find("data", options.data, suffixes, what)
     if options.test is None:
@@ -86,7 +88,7 @@ def files_of(options, suffixes, what):
     return found, folders.find("test", options.test, suffixes, what)
 
 
-def _student(options, task):
+def _student(options: Config, task: str) -> Any:
     student = models.load(
         "student",
         options.student,
@@ -102,7 +104,7 @@ def _student(options, task):
     return student
 
 
-def _teacher(options, task, dtype="auto"):
+def _teacher(options: Config, task: str, dtype: Any = "auto") -> Any:
     """dtype: "auto": as it was saved -> the teacher, or None"""
     if options.teacher is None:
         return None
@@ -113,5 +115,5 @@ def _teacher(options, task, dtype="auto"):
     return models.load("teacher", options.teacher, task, dtype=dtype, attention=attention)
 
 
-def _has_attention(options):
+def _has_attention(options: Config) -> bool:
     return any(isinstance(x, dict) and x.get("kind") == "attention" for x in options.hints)

@@ -41,7 +41,7 @@ TEMPERATURE = 1.0
 ALPHA = 0.9
 
 
-class Blocks(Dataset):
+class Blocks(Dataset[dict[str, torch.Tensor]]):
     """Text as pieces of equal length, as `Distiller` reads it: {"input_ids", "labels"}, (L,) each.
 
     ids: (N, L) int64, tokens; a label is the token itself, which `shift=True` turns into the next.

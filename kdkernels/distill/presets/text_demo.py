@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -272,7 +273,7 @@ def naive_loss(student, teacher, labels, *, temperature, alpha, backend=None):
     return alpha * temperature**2 * distill + (1 - alpha) * hard
 
 
-LOSSES = {"fused": fused_loss, "naive": naive_loss}
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {"fused": fused_loss, "naive": naive_loss}
 
 
 def peak_of(kind, blocks, **loss):
