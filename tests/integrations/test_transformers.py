@@ -29,6 +29,10 @@ MODELS = {
     "GPT2": dict(n_embd=16, n_layer=2, n_head=2, vocab_size=V, bos_token_id=1, eos_token_id=2),
     "GPTNeoX": NEOX,
     "Phi": COMMON,
+    "OPT": dict(COMMON, ffn_dim=24, word_embed_proj_dim=16),  # calls a part of its base model
+    "FalconH1": dict(
+        COMMON, lm_head_multiplier=0.5, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8
+    ),
 }
 
 
@@ -103,6 +107,23 @@ def test_they_are_found_in_every_dtype(name, dtype):
 def test_a_softcap_that_the_model_does_not_apply_is_not_taken():
     found = HiddenStates(make("Llama", final_logit_softcapping=3.0))
     assert found.softcap is None
+
+
+def test_images_reach_what_makes_the_hidden_states():
+    """The text decoder alone does not take them."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    vision = transformers.CLIPVisionConfig(image_size=28, patch_size=14, **sizes)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**COMMON), image_token_index=90
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 90, 90, 90, 90, 5, 6]])  # a token for each of 4 patches
+    inputs = dict(input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28))
+    wanted = model(**inputs).logits
+    torch.testing.assert_close(logits_of(HiddenStates(model)(**inputs)), wanted)
+    other = model(**dict(inputs, pixel_values=torch.zeros(1, 3, 28, 28))).logits
+    assert not torch.allclose(other, wanted, rtol=1e-2)
 
 
 class Shifted(transformers.LlamaForCausalLM):
