@@ -85,11 +85,12 @@ def exported_gradient(case):
     torch.export.export(Exported(case), (hidden, *case.tensors()[1:]))
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.9."), reason="its exported programs check guards of no name"
-)
 @pytest.mark.parametrize("on, name, source", one_of_each(DERIVED))
 def test_derivatives_and_export(on, name, source):
+    if torch.__version__ < "2.13" and "second derivative of a compiled" in name:
+        pytest.skip("PyTorch's own error has another text")
+    if torch.__version__ < "2.10" and "under `no_grad`" in name:
+        pytest.skip("programs check guards of no name")
     with claimed("Derivatives of graphs, `torch.export`", name, on):
         DERIVED[name](Case(source, on))
 
