@@ -138,6 +138,12 @@ def assert_near(actual, expected):
         torch.testing.assert_close(x, y, rtol=2e-6, atol=bound)
 
 
+def assert_sum(found, grad):
+    """A derivative along ones is the sum of a gradient, by roundings of what is added up."""
+    bound = 5e-7 * grad.abs().sum().item()
+    torch.testing.assert_close(found, grad.sum(), rtol=0.0, atol=bound)
+
+
 def assert_backward(case, call, **options):
     """Loss and gradients of `call(hidden, weight)` are those of the plain loss, bit by bit."""
     leaves = case.leaves()
